@@ -1,1 +1,5 @@
-//! x
+//! Trains SkipGPT routers and compiles routed language models to ONNX artifacts that run faster.
+pub mod checkpoint;
+pub mod decoder;
+pub mod sources;
+pub mod weights;
