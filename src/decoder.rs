@@ -82,9 +82,12 @@ impl Input {
         let shape = (prompts.len(), sequence);
         let pad = |row: usize| sequence - prompts[row].len();
         Self {
-            ids: Array2::from_shape_fn(shape, |(b, s)| {
-                if s < pad(b) { 0 } else { prompts[b][s - pad(b)] }
-            }),
+            ids: Array2::from_shape_fn(
+                shape,
+                |(b, s)| {
+                    if s < pad(b) { 0 } else { prompts[b][s - pad(b)] }
+                },
+            ),
             mask: Array2::from_shape_fn(shape, |(b, s)| i64::from(s >= pad(b))),
             positions: Array2::from_shape_fn(shape, |(b, s)| s.saturating_sub(pad(b)) as i64),
             logits,

@@ -1,0 +1,3 @@
+//! The ONNX back end.
+
+pub mod graph;
