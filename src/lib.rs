@@ -2,5 +2,6 @@
 pub mod checkpoint;
 pub mod decoder;
 pub mod onnx;
+pub mod rope;
 pub mod sources;
 pub mod weights;
