@@ -1,3 +1,4 @@
 //! The ONNX back end.
 
 pub mod graph;
+pub mod proto;
