@@ -63,6 +63,3 @@ pub fn tables(
     }
     (cos, sin)
 }
-
-#[cfg(test)]
-mod tests;

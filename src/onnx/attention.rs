@@ -8,7 +8,7 @@
 use skipgpt_passes::ir::{Attention, Config, DType, KeyValue, Linear, ModuleId, Weight};
 
 use super::builder::{Builder, Name};
-use super::graph::Attribute;
+use super::graph::{Attribute, Element};
 use super::lower::Shared;
 use super::routing::{self, Decision};
 
@@ -71,12 +71,7 @@ pub(super) fn bias(b: &mut Builder, zero: &str, one: &str) -> Name {
     let column = b.ints("shapes.column", &[-1, 1]);
     let queries = b.op("mask.query_column", "Reshape", &[&queries, &column]);
     let causal = b.op("mask.causal", "LessOrEqual", &[&keys, &queries]);
-    let real = b.op_with(
-        "mask.real",
-        "Cast",
-        &["attention_mask"],
-        vec![("to", Attribute::Int(super::proto::BOOL.into()))],
-    );
+    let real = b.cast_to("mask.real", "attention_mask", Element::Bool);
     let middle = b.ints("constants.middle_axes", &[1, 2]);
     let real = b.op("mask.real_keys", "Unsqueeze", &[&real, &middle]);
     let allowed = b.op("mask.allowed", "And", &[&real, &causal]);

@@ -213,8 +213,11 @@ impl Builder {
     }
 
     pub(super) fn cast(&mut self, name: &str, x: &str, dtype: DType) -> Name {
-        let to = super::proto::element_code(Element::Float(dtype));
-        self.op_with(name, "Cast", &[x], vec![("to", Attribute::Int(to.into()))])
+        self.cast_to(name, x, Element::Float(dtype))
+    }
+
+    pub(super) fn cast_to(&mut self, name: &str, x: &str, element: Element) -> Name {
+        self.op_with(name, "Cast", &[x], vec![("to", Attribute::Type(element))])
     }
 
     /// The finished graph.
