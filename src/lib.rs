@@ -1,6 +1,7 @@
 //! Trains SkipGPT routers and compiles routed language models to ONNX artifacts that run faster.
 pub mod checkpoint;
 pub mod decoder;
+pub mod eval;
 pub mod model;
 pub mod onnx;
 pub mod rope;

@@ -75,7 +75,9 @@ pub enum Error {
         slot: usize,
     },
     /// The step's arrays do not belong together.
-    #[error("{array} is {found:?}; with ids of {ids:?} and a cache of {cached} tokens per row it must be {expected:?}")]
+    #[error(
+        "{array} is {found:?}; with ids of {ids:?} and a cache of {cached} tokens per row it must be {expected:?}"
+    )]
     Shape {
         /// `mask` or `positions`.
         array: &'static str,

@@ -33,7 +33,8 @@ impl Cache {
             None => Buffers { key, value, capacity: total },
             Some(mut buffers) => {
                 if total > buffers.capacity {
-                    buffers = buffers.grown(self.length, total.next_power_of_two().max(SMALLEST))?;
+                    buffers =
+                        buffers.grown(self.length, total.next_power_of_two().max(SMALLEST))?;
                 }
                 buffers.key.slice_set(&key, 2, self.length)?;
                 buffers.value.slice_set(&value, 2, self.length)?;

@@ -36,8 +36,7 @@ impl Layer {
         let mut routers = Routers { layer_input: x, shared: None };
         let mut state = x.clone();
         if let Some(attention) = &self.attention {
-            let rows =
-                routers.rows(ModuleKind::Attention, &attention.routing, &state, margins)?;
+            let rows = routers.rows(ModuleKind::Attention, &attention.routing, &state, margins)?;
             state = attention.forward(&state, &rows, step, cache)?;
         }
         if let Some(mlp) = &self.mlp {

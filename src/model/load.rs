@@ -63,12 +63,7 @@ impl Loader<'_> {
         })
     }
 
-    fn mlp(
-        &self,
-        module: &ir::Mlp,
-        shared: Option<&Router>,
-        id: ModuleId,
-    ) -> Result<Mlp, Error> {
+    fn mlp(&self, module: &ir::Mlp, shared: Option<&Router>, id: ModuleId) -> Result<Mlp, Error> {
         Ok(Mlp {
             norm: self.norm(&module.norm)?,
             gate_up: match &module.gate_up {

@@ -70,8 +70,7 @@ impl Reference {
         for (layer, tensor) in self.layers.iter().zip(&results.layer_inputs) {
             values.extend(to_host(tensor).map_err(compute(Some(layer.index)))?);
         }
-        let shape =
-            (self.layers.len(), input.batch(), input.sequence(), self.config.hidden_size);
+        let shape = (self.layers.len(), input.batch(), input.sequence(), self.config.hidden_size);
         let trace = Trace {
             layers: self.layers.iter().map(|layer| layer.index).collect(),
             inputs: Array4::from_shape_vec(shape, values)?,
@@ -163,9 +162,7 @@ impl Reference {
 fn in_range(name: &'static str, values: &Array2<i64>, end: i64) -> Result<(), Error> {
     match values.indexed_iter().find(|(_, value)| !(0..end).contains(*value)) {
         None => Ok(()),
-        Some(((row, column), &found)) => {
-            Err(Error::Range { array: name, row, column, found, end })
-        }
+        Some(((row, column), &found)) => Err(Error::Range { array: name, row, column, found, end }),
     }
 }
 
