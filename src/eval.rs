@@ -6,7 +6,7 @@
 //! have more context. What is left over at the end and fills no window is not scored.
 
 use ndarray::{Array2, ArrayView1};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::ModuleKind;
 
 use crate::decoder::{Decoder, Input, Logits, Routing};
@@ -56,7 +56,8 @@ pub struct Perplexity {
 
 /// Shares of decisions that skip, over the routed modules and every token run; `None` where no such
 /// module is routed.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Skipped {
     /// Of attention modules.
     pub attention: Option<f64>,

@@ -4,6 +4,7 @@ pub mod decoder;
 pub mod eval;
 pub mod model;
 pub mod onnx;
+pub mod profile;
 pub mod rope;
 pub mod sources;
 pub mod weights;

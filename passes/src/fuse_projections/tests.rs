@@ -37,12 +37,17 @@ fn fuses_projections_only_as_planned() {
     let mut model = at(Phase::Frozen, dense(1));
     attention(&mut model, 0).kv =
         KeyValue::Separate { k: biased("0.k", [4, 8]), v: biased("0.v", [4, 8]) };
-    check(&FuseProjections, model, &fusing(true, false), expect![[r#"
+    check(
+        &FuseProjections,
+        model,
+        &fusing(true, false),
+        expect![[r#"
           layers.0.attention: always
         -   k = linear %0.k[4x8] bias %0.k.bias[4]
         -   v = linear %0.v[4x8] bias %0.v.bias[4]
         +   kv = linear concat(%0.k[4x8], %0.v[4x8]) bias concat(%0.k.bias[4], %0.v.bias[4])
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -60,7 +65,11 @@ fn two_layer_routers_stand_on_diagonals() {
     let mut model = frozen(1);
     two_layer(&mut model, ModuleKind::Attention, 3);
     two_layer(&mut model, ModuleKind::Mlp, 5);
-    check(&FuseProjections, model, &fusing(false, false), expect![[r#"
+    check(
+        &FuseProjections,
+        model,
+        &fusing(false, false),
+        expect![[r#"
         - layers.0.attention: routed by own router on layer-input, argmax
         -   router.hidden = relu linear %0.attention_hidden[3x8] bias %0.attention_hidden.bias[3]
         -   router.output = linear %0.attention_output[2x3] bias %0.attention_output.bias[2]
@@ -72,20 +81,26 @@ fn two_layer_routers_stand_on_diagonals() {
         -   router.hidden = relu linear %0.mlp_hidden[5x8] bias %0.mlp_hidden.bias[5]
         -   router.output = linear %0.mlp_output[2x5] bias %0.mlp_output.bias[2]
         + layers.0.mlp: routed by decision 1
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn one_router_keeps_its_matrix() {
     let mut model = frozen(1);
     attention(&mut model, 0).routing = Routing::Always;
-    check(&FuseProjections, model, &fusing(false, false), expect![[r#"
+    check(
+        &FuseProjections,
+        model,
+        &fusing(false, false),
+        expect![[r#"
         + layers.0.router: 1 decision on layer-input, argmax
         +   output = linear %0.router_mlp[2x8] bias %0.router_mlp.bias[2]
         - layers.0.mlp: routed by own router on layer-input, argmax
         -   router.output = linear %0.router_mlp[2x8] bias %0.router_mlp.bias[2]
         + layers.0.mlp: routed by decision 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -96,7 +111,11 @@ fn the_first_module_reads_the_layer_input_whatever_its_tap() {
     let second = &mut model.layers[1];
     second.attention = None;
     second.routing_mut(ModuleKind::Mlp).unwrap().own_router_mut().unwrap().tap = Tap::ModuleInput;
-    check(&FuseProjections, model, &fusing(false, false), expect![[r#"
+    check(
+        &FuseProjections,
+        model,
+        &fusing(false, false),
+        expect![[r#"
         - layers.0.attention: routed by own router on module-input, argmax
         -   router.output = linear %0.router_attention[2x8] bias %0.router_attention.bias[2]
         + layers.0.router: 1 decision on layer-input, argmax
@@ -107,7 +126,8 @@ fn the_first_module_reads_the_layer_input_whatever_its_tap() {
         - layers.1.mlp: routed by own router on module-input, argmax
         -   router.output = linear %1.router_mlp[2x8] bias %1.router_mlp.bias[2]
         + layers.1.mlp: routed by decision 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
