@@ -200,3 +200,6 @@ impl Reference {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

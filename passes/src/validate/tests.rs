@@ -119,6 +119,23 @@ fn llama3_scaling_has_a_ramp() {
         config: original_max_position_embeddings is 0
     "#]],
     );
+    let spoil = |model: &mut Model| {
+        model.config.rope.scaling = RopeScaling::Llama3 {
+            factor: f64::NAN,
+            low_freq_factor: -2.0,
+            high_freq_factor: 0.0,
+            original_max_position_embeddings: 64,
+        };
+    };
+    check(
+        model(1),
+        spoil,
+        expect![[r#"
+        config: factor is NaN, not a positive number
+        config: low_freq_factor is -2, not a positive number
+        config: high_freq_factor is 0, not a positive number
+    "#]],
+    );
     let mut fine = model(1);
     fine.config.rope.scaling = scaling(1.0, 64);
     validate(&fine).unwrap();
@@ -492,6 +509,40 @@ fn weight_expressions_are_well_formed() {
 }
 
 #[test]
+fn defects_are_found_inside_every_expression() {
+    let bad = || {
+        let of = Box::new(weight("w", &[8, 12]));
+        Weight::Slice { of, rows: 1..9 }
+    };
+    let tall = Weight::Slice { of: Box::new(weight("t", &[12, 8])), rows: 1..13 };
+    let wrappers = [
+        Weight::Merged { base: Box::new(bad()), lora: lora("w", [8, 12], 2, 1.0) },
+        Weight::Concat(vec![bad()]),
+        Weight::BlockDiagonal(vec![bad()]),
+        Weight::Slice { of: Box::new(bad()), rows: 0..8 },
+        Weight::Transpose(Box::new(tall)),
+        Weight::Cast { of: Box::new(bad()), dtype: DType::F16 },
+    ];
+    let reports: Vec<_> = wrappers
+        .into_iter()
+        .map(|wrapper| {
+            let mut model = fused();
+            down(wrapper)(&mut model);
+            format!("{}\n", validate(&model).unwrap_err())
+        })
+        .collect();
+    expect![[r#"
+        layers.0.mlp.down: rows 1..9 of a weight with 8 rows
+        layers.0.mlp.down.concat.0: rows 1..9 of a weight with 8 rows
+        layers.0.mlp.down.blockdiag.0: rows 1..9 of a weight with 8 rows
+        layers.0.mlp.down: rows 1..9 of a weight with 8 rows
+        layers.0.mlp.down: rows 1..13 of a weight with 12 rows
+        layers.0.mlp.down: rows 1..9 of a weight with 8 rows
+    "#]]
+    .assert_eq(&reports.concat());
+}
+
+#[test]
 fn one_name_is_one_tensor() {
     check(
         model(1),
@@ -510,6 +561,16 @@ fn one_name_is_one_tensor() {
         spoil,
         expect![[r#"
         head: %embed is [32x8] bf16 here and [32x8] f32 before
+    "#]],
+    );
+    let spoil = |model: &mut Model| model.head.lora = Some(lora("0.q", [32, 8], 2, 1.0));
+    let mut adapted = model(1);
+    adapt(&mut attention(&mut adapted, 0).q, "0.q", 2, 1.0);
+    check(
+        adapted,
+        spoil,
+        expect![[r#"
+        head.lora.up: %0.q.b is [32x2] f32 here and [8x2] f32 before
     "#]],
     );
     let mut tied = model(1);
