@@ -286,3 +286,6 @@ impl Decisions {
         Skipped { attention: share(self.attention), mlp: share(self.mlp), all: share(both) }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -178,3 +178,6 @@ pub(super) mod id {
         (id.to_string() == text).then_some(id)
     }
 }
+
+#[cfg(test)]
+mod tests;
