@@ -203,7 +203,7 @@ pub fn perplexity<D: Decoder>(
         for position in first..windows.window {
             let token = input.ids[[0, position]] as usize;
             let row = output.logits.slice(ndarray::s![0, position - 1, ..]);
-            let value = log_likelihood(row, token);
+            let value = log_likelihood(&row, token);
             if !value.is_finite() {
                 return Err(Error::NotFinite { window: index, position, value });
             }
@@ -231,7 +231,7 @@ pub fn perplexity<D: Decoder>(
 }
 
 /// The logarithm of the share softmax gives `token`; NaN for a token outside the vocabulary.
-fn log_likelihood(logits: ArrayView1<'_, f32>, token: usize) -> f64 {
+fn log_likelihood(logits: &ArrayView1<'_, f32>, token: usize) -> f64 {
     let Some(&own) = logits.get(token) else { return f64::NAN };
     let highest = logits.iter().fold(f32::NEG_INFINITY, |highest, &v| highest.max(v));
     let sum: f64 = logits.iter().map(|&v| f64::from((v - highest).exp())).sum();
@@ -286,3 +286,6 @@ impl Decisions {
         Skipped { attention: share(self.attention), mlp: share(self.mlp), all: share(both) }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

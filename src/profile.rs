@@ -296,3 +296,6 @@ impl Profile {
         (!rates.is_empty()).then(|| rates.iter().sum::<f64>() / rates.len() as f64)
     }
 }
+
+#[cfg(test)]
+mod tests;

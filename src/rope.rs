@@ -85,7 +85,7 @@ mod tests {
         }
     }
 
-    /// `expected`: bits of `LlamaRotaryEmbedding.inv_freq`, transformers 4.57.6, PyTorch on a CPU.
+    /// `expected`: bits of `LlamaRotaryEmbedding.inv_freq`, transformers 4.57.6, on a CPU.
     #[track_caller]
     fn check(config: &Config, expected: &[u32]) {
         let found: Vec<_> = inverse_frequencies(config).iter().map(|f| f.to_bits()).collect();

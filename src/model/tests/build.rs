@@ -18,6 +18,7 @@ const LAYERS: usize = 3;
 
 /// Which parts the model has.
 #[derive(Debug, Clone, Copy)]
+#[allow(clippy::struct_excessive_bools, reason = "each part is there or not, whatever the others")]
 pub(super) struct Parts {
     pub(super) seed: u32,
     pub(super) routed: bool,
