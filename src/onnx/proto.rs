@@ -34,9 +34,7 @@ const LIMIT: u64 = i32::MAX as u64;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The model file, weights apart, exceeds what protobuf can hold.
-    #[error(
-        "the ONNX graph takes {size} bytes without its weights; a model file can hold {LIMIT}"
-    )]
+    #[error("the ONNX graph takes {size} bytes without its weights; a model file can hold {LIMIT}")]
     TooLarge {
         /// Bytes of the message.
         size: u64,
@@ -122,11 +120,7 @@ fn serialise(model: &ModelProto) -> Result<Vec<u8>, Error> {
 }
 
 fn entry(key: &str, value: &str) -> StringStringEntryProto {
-    StringStringEntryProto {
-        key: key.to_owned(),
-        value: value.to_owned(),
-        ..Default::default()
-    }
+    StringStringEntryProto { key: key.to_owned(), value: value.to_owned(), ..Default::default() }
 }
 
 fn graph_proto(
@@ -205,9 +199,8 @@ fn tensor_proto(
             bytes.len() as u64
         }
         Data::Weight(_) => {
-            let place = placements
-                .get(&tensor.name)
-                .ok_or_else(|| Error::Unplaced(tensor.name.clone()))?;
+            let place =
+                placements.get(&tensor.name).ok_or_else(|| Error::Unplaced(tensor.name.clone()))?;
             proto.data_location = EnumOrUnknown::new(DataLocation::EXTERNAL);
             proto.external_data = vec![
                 entry("location", &place.location),
@@ -239,10 +232,8 @@ fn value_proto(value: &Value) -> ValueInfoProto {
         shape: MessageField::some(shape),
         ..Default::default()
     };
-    let kind = TypeProto {
-        value: Some(type_proto::Value::TensorType(tensor)),
-        ..Default::default()
-    };
+    let kind =
+        TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() };
     ValueInfoProto {
         name: value.name.clone(),
         type_: MessageField::some(kind),

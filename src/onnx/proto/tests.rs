@@ -32,7 +32,10 @@ fn graph() -> Graph {
     };
     let mut choose = node("choose", "If", &["c"], &["h"]);
     choose.attributes = vec![
-        ("else_branch", Attribute::Graph(branch("no", node("same", "Identity", &["x"], &["h.no"])))),
+        (
+            "else_branch",
+            Attribute::Graph(branch("no", node("same", "Identity", &["x"], &["h.no"]))),
+        ),
         (
             "then_branch",
             Attribute::Graph(branch("yes", node("product", "MatMul", &["x", "w"], &["h.yes"]))),
@@ -96,10 +99,7 @@ fn weights_are_external_and_constants_inline() -> Result {
     assert_eq!(weight.data_location.enum_value(), Ok(DataLocation::EXTERNAL));
     let external: Vec<_> =
         weight.external_data.iter().map(|e| (e.key.as_str(), e.value.as_str())).collect();
-    assert_eq!(
-        external,
-        [("location", "model.onnx.data"), ("offset", "4096"), ("length", "16")]
-    );
+    assert_eq!(external, [("location", "model.onnx.data"), ("offset", "4096"), ("length", "16")]);
     Ok(())
 }
 
