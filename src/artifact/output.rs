@@ -29,9 +29,9 @@ struct Syncer {
 }
 
 impl Output {
-    pub(super) fn new(name: &str, file: File) -> io::Result<Self> {
+    pub(super) fn new(name: &str, file: File) -> Self {
         let writer = HashingWriter::new(file);
-        Ok(Self { name: name.to_owned(), writer, synced: 0, syncer: None })
+        Self { name: name.to_owned(), writer, synced: 0, syncer: None }
     }
 
     /// The file's name in the artifact.

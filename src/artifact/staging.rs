@@ -19,7 +19,7 @@ use super::output::Output;
 use super::{Error, manifest};
 
 /// An unlocked sibling younger than this may belong to a process about to lock it.
-const SETTLED: Duration = Duration::from_secs(60);
+const SETTLED: Duration = Duration::from_mins(1);
 
 /// How output files are created; tests put a full disk here.
 pub type Open = fn(&Path) -> io::Result<File>;
@@ -85,7 +85,7 @@ impl Staging {
     pub fn create(&self, name: &str) -> Result<Output, Error> {
         let path = self.partial.join(name);
         let file = (self.open)(&path).map_err(|e| self.explain(name, e))?;
-        Output::new(name, file).map_err(|e| self.explain(name, e))
+        Ok(Output::new(name, file))
     }
 
     /// Makes `name` another name of the file at `source`, if the file system can; false if not.

@@ -268,7 +268,7 @@ fn what_a_dead_process_left_is_removed() {
     let old = bench.output(".out.partial-1-0");
     let young = bench.output(".out.partial-1-1");
     let held = bench.output(".out.partial-1-2");
-    let long_ago = SystemTime::now() - Duration::from_secs(3600);
+    let long_ago = SystemTime::now() - Duration::from_hours(1);
     for directory in [&old, &young, &held] {
         fs::create_dir(directory).unwrap();
     }

@@ -85,7 +85,11 @@ pub(super) mod dispatch {
     #[derive(Serialize, Deserialize)]
     struct Wrapped(#[serde(with = "super::DispatchDef")] Dispatch);
 
-    #[allow(clippy::ref_option, reason = "the signature serde's `with` calls")]
+    #[allow(
+        clippy::ref_option,
+        clippy::trivially_copy_pass_by_ref,
+        reason = "the signature serde's `with` calls"
+    )]
     pub(in super::super) fn serialize<S: Serializer>(
         dispatch: &Option<Dispatch>,
         serializer: S,
@@ -114,7 +118,11 @@ pub(super) mod auto_dispatch {
         Conditional,
     }
 
-    #[allow(clippy::ref_option, reason = "the signature serde's `with` calls")]
+    #[allow(
+        clippy::ref_option,
+        clippy::trivially_copy_pass_by_ref,
+        reason = "the signature serde's `with` calls"
+    )]
     pub(in super::super) fn serialize<S: Serializer>(
         dispatch: &Option<Dispatch>,
         serializer: S,
