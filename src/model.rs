@@ -90,6 +90,14 @@ pub enum Error {
         /// The shape it needs.
         expected: (usize, usize),
     },
+    /// The decisions to follow are of another step.
+    #[error("decisions of shape {found:?} do not fit a step of shape {expected:?}")]
+    Routing {
+        /// Their `[modules, batch, sequence]`.
+        found: (usize, usize, usize),
+        /// The step's.
+        expected: (usize, usize, usize),
+    },
     /// The batch changed while the cache holds tokens.
     #[error("the step has {found} rows and the cache {cached}; reset the decoder between batches")]
     Batch {

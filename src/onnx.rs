@@ -14,6 +14,7 @@ mod routing;
 mod text;
 
 pub use lower::ROUTING;
+pub use routing::{RouterScores, router_scores};
 
 use skipgpt_passes::ir::{DType, Phase};
 use skipgpt_passes::validate::Validated;

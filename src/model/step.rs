@@ -1,10 +1,11 @@
 //! What every layer of one step shares: who may attend to whom, and the rotary tables.
 
 use candle_core::{DType, Device, Result, Tensor};
+use skipgpt_passes::ir::ModuleId;
 
 use super::Options;
 use super::ops::Kernels;
-use crate::decoder::Input;
+use crate::decoder::{Input, Routing};
 use crate::rope;
 
 /// The tensors made from a step's mask and positions.
@@ -23,6 +24,8 @@ pub struct Step {
     pub mask: Option<Tensor>,
     /// Which form of the operations is used.
     pub kernels: Kernels,
+    /// Margins that decide in place of the routers' own, `[rows]` each.
+    pub forced: Vec<(ModuleId, Tensor)>,
 }
 
 impl Step {
@@ -32,6 +35,7 @@ impl Step {
         frequencies: &[f32],
         groups: usize,
         options: &Options,
+        forced: Option<&Routing>,
     ) -> Result<Self> {
         let (batch, sequence) = (input.batch(), input.sequence());
         let (cos, sin) = rope::tables(frequencies, input.positions.iter().copied());
@@ -47,10 +51,17 @@ impl Step {
             sin: table(sin)?,
             mask: attention_mask(input, groups, &options.device)?,
             kernels: options.kernels,
+            forced: forced.map_or(Ok(Vec::new()), |routing| margins(routing, &options.device))?,
         })
     }
 
     /// Number of new tokens of all rows.
+    /// The margins that decide for `module` in place of its router's own.
+    pub fn forced(&self, module: ModuleId) -> Option<&Tensor> {
+        self.forced.iter().find(|(id, _)| *id == module).map(|(_, margins)| margins)
+    }
+
+    /// Number of new tokens in all rows of the batch.
     pub const fn rows(&self) -> usize {
         self.batch * self.sequence
     }
@@ -82,6 +93,14 @@ fn attention_mask(input: &Input, groups: usize, device: &Device) -> Result<Optio
     }
     let mask = Tensor::from_vec(mask, (batch, 1, groups * sequence, total), &Device::Cpu)?;
     Ok(Some(mask.to_device(device)?.to_dtype(DType::F32)?))
+}
+
+/// Each module's margins on the device, `[rows]`.
+fn margins(routing: &Routing, device: &Device) -> Result<Vec<(ModuleId, Tensor)>> {
+    let modules = routing.modules.iter().zip(routing.margins.outer_iter());
+    modules
+        .map(|(id, margins)| Ok((*id, Tensor::from_iter(margins.iter().copied(), device)?)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -39,6 +39,43 @@ pub(super) struct Rows {
     indices: Name,
 }
 
+/// Where a router's scores are found in the graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouterScores {
+    /// The value's name: `f32` `[tokens, 2 · decisions]`, keep scores before skip scores.
+    pub value: String,
+    /// How many decisions it makes.
+    pub decisions: usize,
+    /// Which decision is whose.
+    pub modules: Vec<(usize, ModuleId)>,
+}
+
+/// Every router of a lowered model, in the order of its modules.
+pub fn router_scores(model: &Model) -> Vec<RouterScores> {
+    let mut routers: Vec<RouterScores> = Vec::new();
+    for module in model.routed_modules() {
+        let Some(Routing::Routed { source, .. }) = model.routing(module) else { continue };
+        let (value, decisions, slot) = match source {
+            Source::Own(_) => (scores_of(&module.to_string()), 1, 0),
+            Source::Shared { slot } => {
+                let router = model.layer(module.layer).and_then(|layer| layer.router.as_ref());
+                let decisions = router.map_or(1, |router| router.decisions);
+                (scores_of(&format!("layers.{}", module.layer)), decisions, *slot)
+            }
+        };
+        match routers.last_mut().filter(|last| last.value == value) {
+            Some(last) => last.modules.push((slot, module)),
+            None => routers.push(RouterScores { value, decisions, modules: vec![(slot, module)] }),
+        }
+    }
+    routers
+}
+
+/// The name of the scores of the router at `place`.
+fn scores_of(place: &str) -> Name {
+    format!("{place}.router.scores")
+}
+
 /// Whether a module with this routing gathers rows.
 pub(super) fn gathers(routing: &Routing) -> bool {
     matches!(
@@ -52,11 +89,11 @@ pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> SharedDecisions
     let Some(SharedRouter { hidden, output, decisions }) = &layer.router else {
         return SharedDecisions(None);
     };
-    let name = format!("layers.{}.router", layer.index);
-    let (scores, kept) = decisions_of(b, &name, hidden.as_ref(), output, x);
+    let place = format!("layers.{}", layer.index);
+    let (scores, kept) = decisions_of(b, &place, hidden.as_ref(), output, x);
     let slots = match decisions {
         1 => vec![kept],
-        _ => b.split(&format!("{name}.keep"), &kept, 1, ["0", "1"]).to_vec(),
+        _ => b.split(&format!("{place}.router.keep"), &kept, 1, ["0", "1"]).to_vec(),
     };
     SharedDecisions(Some((scores, slots)))
 }
@@ -79,8 +116,7 @@ pub(super) fn decide(
             Some(Decision { place, dispatch, keep, scores, slot: *slot })
         }
         Source::Own(router) => {
-            let name = format!("{place}.router");
-            let (scores, keep) = decisions_of(b, &name, router.hidden.as_ref(), &router.output, x);
+            let (scores, keep) = decisions_of(b, &place, router.hidden.as_ref(), &router.output, x);
             Some(Decision { place, dispatch, keep, scores, slot: 0 })
         }
     }
@@ -90,17 +126,18 @@ pub(super) fn decide(
 /// near-ties.
 fn decisions_of(
     b: &mut Builder,
-    name: &str,
+    place: &str,
     hidden: Option<&Linear>,
     output: &Linear,
     x: &str,
 ) -> (Scores, Name) {
+    let name = format!("{place}.router");
     let mut x = b.to_f32(&format!("{name}.input"), x);
     if let Some(hidden) = hidden {
         let wide = b.linear(&format!("{name}.hidden"), &x, hidden, DType::F32);
         x = b.op(&format!("{name}.relu"), "Relu", &[&wide]);
     }
-    let all = b.linear(&format!("{name}.scores"), &x, output, DType::F32);
+    let all = b.linear(&scores_of(place), &x, output, DType::F32);
     let [keep, skip] = b.split(&format!("{name}.scores"), &all, 1, ["keep", "skip"]);
     let kept = b.op(&format!("{name}.kept"), "GreaterOrEqual", &[&keep, &skip]);
     (Scores { keep, skip }, kept)
