@@ -174,6 +174,10 @@ fn attribute_proto(
             proto.f = *f;
             AttributeType::FLOAT
         }
+        Attribute::Type(element) => {
+            proto.i = data_type(*element).into();
+            AttributeType::INT
+        }
         Attribute::Graph(graph) => {
             proto.g = MessageField::some(graph_proto(graph, placements)?);
             AttributeType::GRAPH
