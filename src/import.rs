@@ -100,7 +100,8 @@ pub enum Error {
     /// Rotary divisors that no known scaling gives.
     #[error(
         "{path}: the tensor {:?} holds divisors that no llama3 rope scaling gives; \
-         config.json could not state them", names::ROPE_FREQS
+         config.json could not state them",
+        names::ROPE_FREQS
     )]
     RopeFreqs {
         /// The input.
@@ -156,10 +157,7 @@ pub enum Error {
 /// # Errors
 ///
 /// Whatever is wrong with the input, or cannot be written; the output is then as it was.
-pub fn import(
-    options: &Options,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Report, Error> {
+pub fn import(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, Error> {
     let extension = options.input.extension().and_then(|extension| extension.to_str());
     match extension.map(str::to_ascii_lowercase).as_deref() {
         Some("gguf") => import_gguf(options, progress),
@@ -167,12 +165,10 @@ pub fn import(
     }
 }
 
-fn import_gguf(
-    options: &Options,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Report, Error> {
+fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, Error> {
     let path = || options.input.clone();
-    let mut gguf = Gguf::open(&options.input).map_err(|source| Error::Gguf { path: path(), source })?;
+    let mut gguf =
+        Gguf::open(&options.input).map_err(|source| Error::Gguf { path: path(), source })?;
     let metadata = Metadata(&gguf.metadata);
     let mut config =
         Config::read(metadata).map_err(|source| Error::Config { path: path(), source })?;

@@ -164,7 +164,11 @@ impl Config {
         for name in ["attention.value_length", "rope.dimension_count"] {
             match metadata.count(&key(name))? {
                 Some(width) if width != head_dim => {
-                    return Err(unsupported(key(name), width, format!("the head width {head_dim}")));
+                    return Err(unsupported(
+                        key(name),
+                        width,
+                        format!("the head width {head_dim}"),
+                    ));
                 }
                 _ => {}
             }

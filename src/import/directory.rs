@@ -51,8 +51,7 @@ impl Staged {
         if !force && fs::symlink_metadata(place).is_ok() {
             return Err(Error::Exists { path: place.to_owned() });
         }
-        let name =
-            place.file_name().ok_or_else(|| Error::NoName { path: place.to_owned() })?;
+        let name = place.file_name().ok_or_else(|| Error::NoName { path: place.to_owned() })?;
         if let Some(parent) = place.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             fs::create_dir_all(parent).map_err(io_error("create", parent))?;
         }
@@ -87,10 +86,9 @@ impl Staged {
     /// Puts the directory in its place; what stood there is moved aside first and removed after.
     pub fn finish(mut self) -> Result<(), Error> {
         sync_directory(&self.temporary)?;
-        let old = self.place.with_file_name(beside(
-            self.place.file_name().unwrap_or_default(),
-            "replaced",
-        ));
+        let old = self
+            .place
+            .with_file_name(beside(self.place.file_name().unwrap_or_default(), "replaced"));
         let replaces = fs::symlink_metadata(&self.place).is_ok();
         if replaces {
             fs::rename(&self.place, &old).map_err(io_error("move", &self.place))?;
@@ -131,7 +129,11 @@ fn beside(name: &std::ffi::OsStr, what: &str) -> OsString {
 }
 
 fn remove(path: &Path) -> io::Result<()> {
-    if fs::symlink_metadata(path)?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+    if fs::symlink_metadata(path)?.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    }
 }
 
 /// Makes the entries of a directory durable, where the system has such a thing.

@@ -120,7 +120,8 @@ pub enum Error {
     /// An encoding that cannot be dequantised.
     #[error(
         "tensor {name:?} is stored as {encoding}, which cannot be dequantised here; \
-         take a file with {} instead", Encoding::READABLE
+         take a file with {} instead",
+        Encoding::READABLE
     )]
     Encoding {
         /// The tensor.
@@ -129,7 +130,9 @@ pub enum Error {
         encoding: String,
     },
     /// Rows that do not fill whole blocks.
-    #[error("tensor {name:?} has rows of {columns} values, not a multiple of the {block} in a block of {encoding}")]
+    #[error(
+        "tensor {name:?} has rows of {columns} values, not a multiple of the {block} in a block of {encoding}"
+    )]
     PartialBlock {
         /// The tensor.
         name: String,
@@ -141,7 +144,9 @@ pub enum Error {
         encoding: &'static str,
     },
     /// An offset off the alignment.
-    #[error("tensor {name:?} begins at offset {offset}, not a multiple of the alignment {alignment}")]
+    #[error(
+        "tensor {name:?} begins at offset {offset}, not a multiple of the alignment {alignment}"
+    )]
     Misaligned {
         /// The tensor.
         name: String,
@@ -414,9 +419,7 @@ impl Header<'_> {
             5 => Value::Integers(
                 self.elements(length, |h| Ok(i32::from_le_bytes(h.bytes(key)?).into()))?,
             ),
-            6 => Value::Floats(
-                self.elements(length, |h| Ok(f32::from_le_bytes(h.bytes(key)?)))?,
-            ),
+            6 => Value::Floats(self.elements(length, |h| Ok(f32::from_le_bytes(h.bytes(key)?)))?),
             8 => Value::Strings(self.elements(length, |h| h.string(key))?),
             _ => {
                 self.input.seek_relative((length * size) as i64)?;

@@ -145,12 +145,9 @@ pub fn read_rows(file: &mut File, tensor: &Tensor, rows: Range<usize>) -> Result
         .map_err(|source| Error::Read { name: tensor.name.clone(), source })?;
 
     let values = match tensor.encoding.dtype {
-        GgmlDType::F32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|chunk| f32::from_le_bytes(*chunk))
-            .collect(),
+        GgmlDType::F32 => {
+            bytes.as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect()
+        }
         GgmlDType::F16 => {
             bytes.as_chunks().0.iter().map(|chunk| f16::from_le_bytes(*chunk).to_f32()).collect()
         }

@@ -188,10 +188,7 @@ mod tests {
     #[test]
     fn columns_stay_together() {
         let stored = (0..8).map(|i| i as f32).collect();
-        assert_eq!(
-            deinterleave(stored, 2, Some(4)),
-            [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]
-        );
+        assert_eq!(deinterleave(stored, 2, Some(4)), [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
     }
 
     #[test]

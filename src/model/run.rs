@@ -114,8 +114,8 @@ impl Reference {
         trace: bool,
     ) -> Result<Results, Error> {
         let groups = self.config.num_attention_heads / self.config.num_key_value_heads;
-        let step =
-            Step::new(input, &self.frequencies, groups, &self.options, forced).map_err(compute(None))?;
+        let step = Step::new(input, &self.frequencies, groups, &self.options, forced)
+            .map_err(compute(None))?;
         let mut state = self.embed(input).map_err(compute(None))?;
         let mut results_margins = Vec::new();
         let mut layer_inputs = Vec::new();
