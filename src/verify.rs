@@ -14,7 +14,9 @@
 mod cases;
 mod compare;
 mod drive;
+mod place;
 mod report;
+mod stats;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -25,8 +27,9 @@ use std::time::Instant;
 use skipgpt_passes::ir::DType;
 
 pub use self::cases::draw;
-pub use self::compare::{Decisions, Divergence, Stats, Tie};
+pub use self::place::{Divergence, Tie};
 pub use self::report::{CaseReport, Greedy, GreedyDifference, Report, Ties};
+pub use self::stats::{Decisions, Stats};
 use crate::decoder::{Decoder, Reference};
 use crate::tolerance::Tolerances;
 

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
+use ndarray::ArrayView1;
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
 use super::record::{in_layer_order, run, same, tokens_exist};
@@ -116,7 +117,7 @@ impl Check<'_> {
                 (None, _) => {}
             }
             for logits in last(&output) {
-                self.token(step, logits);
+                self.token(step, &logits);
             }
             first += input.sequence();
             input = input.then(&[token]);
@@ -186,7 +187,7 @@ impl Check<'_> {
     }
 
     /// The next token, and the likeliest tokens' log-probabilities.
-    fn token(&mut self, step: usize, logits: ndarray::ArrayView1<'_, f32>) {
+    fn token(&mut self, step: usize, logits: &ArrayView1<'_, f32>) {
         if !self.flipped.is_empty() {
             self.report.steps_left_out += 1;
             return;

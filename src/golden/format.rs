@@ -146,7 +146,8 @@ mod tests {
                   "ids": []
                 }
               ]
-            }"#]].assert_eq(&text);
+            }"#]]
+        .assert_eq(&text);
         assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
     }
 }

@@ -99,13 +99,13 @@ fn prompt<D: Decoder>(
                 append(routing.insert(modules(found)), found, near);
             }
             Some(found) if routing.as_ref().is_some_and(|modules| same(modules, found)) => {
-                routing.iter_mut().for_each(|modules| append(modules, found, near));
+                append(routing.as_deref_mut().unwrap_or_default(), found, near);
             }
             None if routing.is_none() => {}
             _ => return Err(Error::NoRouting { prompt: number, step }),
         }
         for logits in last(&output) {
-            let best = top(logits, options.top);
+            let best = top(&logits, options.top);
             greedy.extend(best.first().map(|(token, _)| *token));
             tops.push(best.iter().map(|(t, log_prob)| (*t, rounded(*log_prob).min(0.0))).collect());
         }

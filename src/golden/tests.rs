@@ -1,5 +1,6 @@
 //! A run is as recorded, and every fault shows.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
+#![allow(clippy::needless_raw_string_hashes, reason = "blessing writes them")]
 
 use expect_test::{Expect, expect};
 use serde_json::{Value, json};
@@ -61,7 +62,7 @@ fn last_line(report: &Report) -> String {
 
 /// Recorded without a fault, checked with these: both modes fail, with these words.
 #[track_caller]
-fn fails(faults: &[Fault], verdict: Expect) {
+fn fails(faults: &[Fault], verdict: &Expect) {
     let golden = recorded(&[]);
     let report = checked(&golden, faults, &options(Mode::Exact));
     assert!(!report.passed, "{report}");
@@ -157,7 +158,8 @@ fn the_same_artifact_is_as_recorded() {
         assert_eq!(report.decision_agreement, Some(1.0));
         // The file has six decimals.
         assert!(report.max_log_prob_error <= 5e-7);
-        expect!["as recorded: 2 prompts, 12 of 12 tokens, 120 of 120 decisions, log-probabilities within 4.8e-7, f32 on CPUExecutionProvider, ONNX Runtime 1.31.1, 0.5 s"orded: 2 prompts, 12 of 12 tokens, 120 of 120 decisions, log-probabilities within 4.8e-7, f32 on CPUExecutionProvider, ONNX Runtime 1.31.1, 0.5 s"].assert_eq(&last_line(&report));
+        expect!["as recorded: 2 prompts, 12 of 12 tokens, 120 of 120 decisions, log-probabilities within 4.8e-7, f32 on CPUExecutionProvider, ONNX Runtime 1.31.1, 0.5 s"]
+            .assert_eq(&last_line(&report));
     }
 }
 
@@ -172,13 +174,48 @@ fn rounding_passes_in_both_modes() {
 
 #[test]
 fn every_fault_is_found() {
-    fails(&[Fault::Logit { step: 3, by: 9.0 }], expect!["MISMATCH: 1 of 2 prompts, first prompt 2: token 3 in place 3 has log-probability -0.000545, recorded was -1.689171 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
-    fails(&[Fault::LogitIs { step: 2, value: f32::NAN }], expect!["MISMATCH: 2 of 2 prompts, first prompt 1: token 30 in place 2 has log-probability NaN, recorded was -1.287468 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
-    fails(&[Fault::Flip { module: MLP_1, column: 4 }], expect!["MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is kept in layers.1.mlp (margin 0.73680717), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
-    fails(&[Fault::Flip { module: MLP_1, column: 11 }], expect!["MISMATCH: 1 of 2 prompts, first prompt 1: token 11 is kept in layers.1.mlp (margin 0.15207879), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
-    fails(&[Fault::Drift { by: 0.1 }, Fault::Mlp { layer: 2, by: 0.01 }], expect!["MISMATCH: 1 of 2 prompts, first prompt 1: token 30 in place 0 has log-probability -1.601327, recorded was -1.606353 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
-    fails(&[Fault::Margin { module: MLP_1, column: 4, value: f32::NAN }], expect!["MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is neither kept nor skipped in layers.1.mlp (margin NaN), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
-    fails(&[Fault::Dense], expect!["MISMATCH: 2 of 2 prompts, first prompt 1: step 0: the artifact routes [], recorded were [layers.0.attention, layers.0.mlp, layers.1.attention, layers.1.mlp, layers.2.attention, layers.2.mlp]; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"]);
+    fails(
+        &[Fault::Logit { step: 3, by: 9.0 }],
+        &expect![
+            "MISMATCH: 1 of 2 prompts, first prompt 2: token 3 in place 3 has log-probability -0.000545, recorded was -1.689171 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
+    fails(
+        &[Fault::LogitIs { step: 2, value: f32::NAN }],
+        &expect![
+            "MISMATCH: 2 of 2 prompts, first prompt 1: token 30 in place 2 has log-probability NaN, recorded was -1.287468 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
+    fails(
+        &[Fault::Flip { module: MLP_1, column: 4 }],
+        &expect![
+            "MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is kept in layers.1.mlp (margin 0.73680717), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
+    fails(
+        &[Fault::Flip { module: MLP_1, column: 11 }],
+        &expect![
+            "MISMATCH: 1 of 2 prompts, first prompt 1: token 11 is kept in layers.1.mlp (margin 0.15207879), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
+    fails(
+        &[Fault::Mlp { layer: 2, by: 0.01 }],
+        &expect![
+            "MISMATCH: 1 of 2 prompts, first prompt 1: token 30 in place 0 has log-probability -1.601327, recorded was -1.606353 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
+    fails(
+        &[Fault::Margin { module: MLP_1, column: 4, value: f32::NAN }],
+        &expect![
+            "MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is neither kept nor skipped in layers.1.mlp (margin NaN), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
+    fails(
+        &[Fault::Dense],
+        &expect![
+            "MISMATCH: 2 of 2 prompts, first prompt 1: step 0: the artifact routes [], recorded were [layers.0.attention, layers.0.mlp, layers.1.attention, layers.1.mlp, layers.2.attention, layers.2.mlp]; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
+        ],
+    );
 }
 
 #[test]
@@ -263,7 +300,8 @@ fn another_tokenizer_is_found() {
     options.tokenized = Some(tokenized);
     let report = checked(&golden, &[], &options);
     assert!(!report.passed);
-    expect!["the tokenizer gives 9 tokens, recorded were 9; they differ from token 5"].assert_eq(&report.prompts[0].failures[0]);
+    expect!["the tokenizer gives 9 tokens, recorded were 9; they differ from token 5"]
+        .assert_eq(&report.prompts[0].failures[0]);
 }
 
 #[test]
@@ -300,10 +338,20 @@ fn what_cannot_be_recorded_is_an_error() {
     expect!["prompt 1 has no token; give it some text"].assert_eq(&error(&[], &prompt(&[]), &base));
     expect!["prompt 1: token 32 is outside the artifact's vocabulary of 32; is the file of another model?"].assert_eq(&error(&[], &prompt(&[32]), &base));
     expect!["tokens is 0; it must be 1 to 1048576"].assert_eq(&error(&[], &prompts(), &none));
-    expect!["prompt 1, step 0: a logit is not finite; `verify` finds where it begins"].assert_eq(&error(&[nan], &prompts(), &base));
-    expect!["prompt 1, step 0: a margin is not finite; `verify` finds where it begins"].assert_eq(&error(&[margin], &prompts(), &base));
-    expect!["prompt 1, step 2: the artifact failed"].assert_eq(&error(&[Fault::Fails { step: 2 }], &prompts(), &base));
-    expect!["prompt 1, step 0: logits have shape [1, 1, 31], not [1, 1, 32]"].assert_eq(&error(&[Fault::Narrow], &prompts(), &base));
+    expect!["prompt 1, step 0: a logit is not finite; `verify` finds where it begins"]
+        .assert_eq(&error(&[nan], &prompts(), &base));
+    expect!["prompt 1, step 0: a margin is not finite; `verify` finds where it begins"]
+        .assert_eq(&error(&[margin], &prompts(), &base));
+    expect!["prompt 1, step 2: the artifact failed"].assert_eq(&error(
+        &[Fault::Fails { step: 2 }],
+        &prompts(),
+        &base,
+    ));
+    expect!["prompt 1, step 0: logits have shape [1, 1, 31], not [1, 1, 32]"].assert_eq(&error(
+        &[Fault::Narrow],
+        &prompts(),
+        &base,
+    ));
 }
 
 #[test]
@@ -327,24 +375,38 @@ fn broken(pointer: &str, value: Value) -> String {
 
 #[test]
 fn a_file_that_is_none_is_refused() {
-    expect!["the golden file has version 2, this tool reads 1; record it again"].assert_eq(&broken("/version", json!(2)));
-    expect![[r#"not a golden file: invalid type: string "1", expected u64 at line 1 column 14"#]].assert_eq(&broken("/version", json!("1")));
-    expect!["dtype: found `int4`, expected f32, f16 or bf16"].assert_eq(&broken("/dtype", json!("int4")));
-    expect!["prompts: found 0 entries, expected 1 to 1048576"].assert_eq(&broken("/prompts", json!([])));
-    expect!["prompts[1].ids: found 0 entries, expected 1 to 1048576"].assert_eq(&broken("/prompts/1/ids", json!([])));
-    expect!["prompts[1].ids: found token -3, expected 0 or more"].assert_eq(&broken("/prompts/1/ids/0", json!(-3)));
-    expect!["prompts[0].top[0]: the first token is 30, expected the greedy one, 31"].assert_eq(&broken("/prompts/0/greedy/0", json!(31)));
-    expect!["prompts[0].top: found 6 entries, expected 2"].assert_eq(&broken("/prompts/0/greedy", json!([1, 2])));
-    expect!["prompts[0].top[1]: found 0 entries, expected 1 to 100"].assert_eq(&broken("/prompts/0/top/1", json!([])));
-    expect!["prompts[0].top[1]: found a log-probability of 0.5, expected 0 or less"].assert_eq(&broken("/prompts/0/top/1/2/1", json!(0.5)));
+    expect!["the golden file has version 2, this tool reads 1; record it again"]
+        .assert_eq(&broken("/version", json!(2)));
+    expect![[r#"not a golden file: invalid type: string "1", expected u64 at line 1 column 14"#]]
+        .assert_eq(&broken("/version", json!("1")));
+    expect!["dtype: found `int4`, expected f32, f16 or bf16"]
+        .assert_eq(&broken("/dtype", json!("int4")));
+    expect!["prompts: found 0 entries, expected 1 to 1048576"]
+        .assert_eq(&broken("/prompts", json!([])));
+    expect!["prompts[1].ids: found 0 entries, expected 1 to 1048576"]
+        .assert_eq(&broken("/prompts/1/ids", json!([])));
+    expect!["prompts[1].ids: found token -3, expected 0 or more"]
+        .assert_eq(&broken("/prompts/1/ids/0", json!(-3)));
+    expect!["prompts[0].top[0]: the first token is 30, expected the greedy one, 31"]
+        .assert_eq(&broken("/prompts/0/greedy/0", json!(31)));
+    expect!["prompts[0].top: found 6 entries, expected 2"]
+        .assert_eq(&broken("/prompts/0/greedy", json!([1, 2])));
+    expect!["prompts[0].top[1]: found 0 entries, expected 1 to 100"]
+        .assert_eq(&broken("/prompts/0/top/1", json!([])));
+    expect!["prompts[0].top[1]: found a log-probability of 0.5, expected 0 or less"]
+        .assert_eq(&broken("/prompts/0/top/1/2/1", json!(0.5)));
     expect!["prompts[0].routing[1]: found module `layers.0.router`, expected names like `layers.3.mlp`, each once, in layer order"].assert_eq(&broken("/prompts/0/routing/1/module", json!("layers.0.router")));
     expect!["prompts[0].routing[1]: found module `layers.0.attention`, expected names like `layers.3.mlp`, each once, in layer order"].assert_eq(&broken("/prompts/0/routing/1/module", json!("layers.0.attention")));
-    expect!["prompts[0].routing[0].keep: found 3 entries, expected 14"].assert_eq(&broken("/prompts/0/routing/0/keep", json!("101")));
-    expect!["prompts[1].routing[0].keep: found `é`, expected only 0 and 1"].assert_eq(&broken("/prompts/1/routing/0/keep", json!("1é1")));
-    expect!["prompts[1].routing[0].near: found token 6, expected less than 6"].assert_eq(&broken("/prompts/1/routing/0/near", json!([[6, 0.001]])));
+    expect!["prompts[0].routing[0].keep: found 3 entries, expected 14"]
+        .assert_eq(&broken("/prompts/0/routing/0/keep", json!("101")));
+    expect!["prompts[1].routing[0].keep: found `é`, expected only 0 and 1"]
+        .assert_eq(&broken("/prompts/1/routing/0/keep", json!("1é1")));
+    expect!["prompts[1].routing[0].near: found token 6, expected less than 6"]
+        .assert_eq(&broken("/prompts/1/routing/0/near", json!([[6, 0.001]])));
     expect!["not a golden file: unknown field `gpu`, expected one of `onnxruntime`, `provider`, `threads` at line 1 column 105"].assert_eq(&broken("/environment", json!({"gpu": 1})));
     let cut = &text(&recorded(&[]))[..200];
-    expect!["not a golden file: EOF while parsing a string at line 12 column 26"].assert_eq(&Golden::parse(cut.as_bytes()).unwrap_err().to_string());
+    expect!["not a golden file: EOF while parsing a string at line 12 column 26"]
+        .assert_eq(&Golden::parse(cut.as_bytes()).unwrap_err().to_string());
     let missing = Golden::read(std::path::Path::new("no-such-golden.json")).unwrap_err();
     expect!["cannot read no-such-golden.json"].assert_eq(&missing.to_string());
 }
