@@ -7,13 +7,13 @@ use super::compare::Tally;
 use super::place::{Part, Place};
 use super::report::{CaseReport, Greedy, GreedyDifference};
 use super::{Error, Options, Progress, Side};
-use crate::decoder::{CacheEntry, Decoder, Input, LayerOutput, Logits, Output, Reference, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, LayerOutput, Logits, Output, Routing};
 use crate::logits::{argmax, last};
 
 /// The error of a pair of decoders.
 type Failure<R, A> = Error<<R as Decoder>::Error, <A as Decoder>::Error>;
 
-pub(super) fn run<R: Reference, A: Decoder>(
+pub(super) fn run<R: Follow, A: Decoder>(
     reference: &mut R,
     artifact: &mut A,
     case: &Case,
@@ -32,7 +32,7 @@ struct Drive<'a, R, A> {
     step: usize,
 }
 
-impl<R: Reference, A: Decoder> Drive<'_, R, A> {
+impl<R: Follow, A: Decoder> Drive<'_, R, A> {
     fn run(mut self) -> Result<CaseReport, Failure<R, A>> {
         let case = self.case;
         let mut tally = Tally::new(&case.name, &case.prompt, &self.options.tolerances);

@@ -6,7 +6,7 @@
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView1, s};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
-use crate::decoder::{CacheEntry, Decoder, Input, LayerOutput, Logits, Output, Reference, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, LayerOutput, Logits, Output, Routing};
 
 pub(crate) const VOCAB: usize = 32;
 pub(crate) const LAYERS: usize = 3;
@@ -342,7 +342,7 @@ impl Decoder for Toy {
     }
 }
 
-impl Reference for Toy {
+impl Follow for Toy {
     fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Failed> {
         self.run(input, Some(routing))
     }
