@@ -98,6 +98,16 @@ pub enum Error {
         /// Rows of the step.
         found: usize,
     },
+    /// The decisions to follow are not those of the step's tokens.
+    #[error(
+        "the decisions to follow are {found:?}, [modules, batch, sequence]; they must be {expected:?}"
+    )]
+    Followed {
+        /// Shape of the margins.
+        found: (usize, usize, usize),
+        /// The shape that follows from the step.
+        expected: (usize, usize, usize),
+    },
     /// A step without a token.
     #[error("the step has no token: its ids are {0:?}")]
     Empty((usize, usize)),

@@ -1,7 +1,7 @@
 //! One decoder layer: where its modules' decisions come from, and their order.
 
 use candle_core::{Result, Tensor};
-use skipgpt_passes::ir::{ModuleKind, Tap};
+use skipgpt_passes::ir::{ModuleId, ModuleKind, Tap};
 
 use super::attention::Attention;
 use super::cache::Cache;
@@ -33,7 +33,7 @@ impl Layer {
         cache: Option<&mut Cache>,
         margins: &mut Vec<Margins>,
     ) -> Result<Tensor> {
-        let mut routers = Routers { layer_input: x, shared: None };
+        let mut routers = Routers { layer: self.index, step, layer_input: x, shared: None };
         let mut state = x.clone();
         if let Some(attention) = &self.attention {
             let rows = routers.rows(ModuleKind::Attention, &attention.routing, &state, margins)?;
@@ -49,6 +49,8 @@ impl Layer {
 
 /// The decisions of a layer in one step.
 struct Routers<'a> {
+    layer: usize,
+    step: &'a Step,
     layer_input: &'a Tensor,
     /// Margins of the shared router, `[rows, decisions]`, once a module asked for them.
     shared: Option<Tensor>,
@@ -76,7 +78,8 @@ impl Routers<'_> {
             }
         };
         let own = own.squeeze(1)?;
-        let rows = Rows::new(&own, *dispatch)?;
+        let followed = self.step.followed(ModuleId { layer: self.layer, kind });
+        let rows = Rows::new(followed.unwrap_or(&own), *dispatch)?;
         margins.push((kind, own));
         Ok(rows)
     }

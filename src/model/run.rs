@@ -7,7 +7,7 @@ use skipgpt_passes::ir::ModuleId;
 use super::cache::Cache;
 use super::step::Step;
 use super::{Error, Reference, Trace};
-use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, Logits, Output, Routing};
 
 /// A step's results, as tensors.
 struct Results {
@@ -28,7 +28,7 @@ impl Decoder for Reference {
     }
 
     fn step(&mut self, input: &Input) -> Result<Output, Error> {
-        let results = self.run(input, false)?;
+        let results = self.run(input, None, false)?;
         output(input, &results)
     }
 
@@ -58,6 +58,13 @@ impl Decoder for Reference {
     }
 }
 
+impl Follow for Reference {
+    fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Error> {
+        let results = self.run(input, Some(routing), false)?;
+        output(input, &results)
+    }
+}
+
 impl Reference {
     /// As [`Decoder::step`], with what every layer read.
     ///
@@ -65,7 +72,7 @@ impl Reference {
     ///
     /// As [`Decoder::step`].
     pub fn step_traced(&mut self, input: &Input) -> Result<(Output, Trace), Error> {
-        let results = self.run(input, true)?;
+        let results = self.run(input, None, true)?;
         let mut values = Vec::new();
         for (layer, tensor) in self.layers.iter().zip(&results.layer_inputs) {
             values.extend(to_host(tensor).map_err(compute(Some(layer.index)))?);
@@ -78,9 +85,21 @@ impl Reference {
         Ok((output(input, &results)?, trace))
     }
 
-    fn run(&mut self, input: &Input, trace: bool) -> Result<Results, Error> {
+    fn run(
+        &mut self,
+        input: &Input,
+        follow: Option<&Routing>,
+        trace: bool,
+    ) -> Result<Results, Error> {
         self.check(input)?;
-        let results = self.forward(input, trace);
+        if let Some(routing) = follow {
+            let expected = (routing.modules.len(), input.batch(), input.sequence());
+            let found = routing.margins.dim();
+            if found != expected {
+                return Err(Error::Followed { found, expected });
+            }
+        }
+        let results = self.forward(input, follow, trace);
         if results.is_ok() {
             self.cached = (input.batch(), input.mask.ncols());
         } else {
@@ -90,10 +109,18 @@ impl Reference {
         results
     }
 
-    fn forward(&mut self, input: &Input, trace: bool) -> Result<Results, Error> {
+    fn forward(
+        &mut self,
+        input: &Input,
+        follow: Option<&Routing>,
+        trace: bool,
+    ) -> Result<Results, Error> {
         let groups = self.config.num_attention_heads / self.config.num_key_value_heads;
-        let step =
+        let mut step =
             Step::new(input, &self.frequencies, groups, &self.options).map_err(compute(None))?;
+        if let Some(routing) = follow {
+            step.follow(routing, &self.options.device).map_err(compute(None))?;
+        }
         let mut state = self.embed(input).map_err(compute(None))?;
         let mut results_margins = Vec::new();
         let mut layer_inputs = Vec::new();

@@ -1,10 +1,12 @@
 //! What every layer of one step shares: who may attend to whom, and the rotary tables.
 
 use candle_core::{DType, Device, Result, Tensor};
+use ndarray::Axis;
+use skipgpt_passes::ir::ModuleId;
 
 use super::Options;
 use super::ops::Kernels;
-use crate::decoder::Input;
+use crate::decoder::{Input, Routing};
 use crate::rope;
 
 /// The tensors made from a step's mask and positions.
@@ -23,6 +25,8 @@ pub struct Step {
     pub mask: Option<Tensor>,
     /// Which form of the operations is used.
     pub kernels: Kernels,
+    /// Margins `[rows]` that decide in place of a module's own router.
+    follow: Vec<(ModuleId, Tensor)>,
 }
 
 impl Step {
@@ -47,7 +51,22 @@ impl Step {
             sin: table(sin)?,
             mask: attention_mask(input, groups, &options.device)?,
             kernels: options.kernels,
+            follow: Vec::new(),
         })
+    }
+
+    /// From here on the modules of `routing`, `[modules, batch, sequence]`, keep what it keeps.
+    pub(super) fn follow(&mut self, routing: &Routing, device: &Device) -> Result<()> {
+        for (&id, margins) in routing.modules.iter().zip(routing.margins.axis_iter(Axis(0))) {
+            let margins = Tensor::from_iter(margins.iter().copied(), device)?;
+            self.follow.push((id, margins));
+        }
+        Ok(())
+    }
+
+    /// The margins `[rows]` that decide for a module in place of its own router's.
+    pub fn followed(&self, id: ModuleId) -> Option<&Tensor> {
+        self.follow.iter().find(|(module, _)| *module == id).map(|(_, margins)| margins)
     }
 
     /// Number of new tokens of all rows.
