@@ -1,4 +1,4 @@
-//! The reference against independent implementations: the oracle's PyTorch, candle's own Llama.
+//! The reference against independent implementations: the oracle cases, candle's own Llama.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
@@ -83,7 +83,7 @@ fn every_phase(imported: &Model) -> Vec<(String, Model)> {
 }
 
 /// Largest difference at the input's real positions; both `[…, batch, sequence, width]`.
-fn difference(input: &Input, found: ArrayViewD<'_, f32>, expected: ArrayViewD<'_, f32>) -> f32 {
+fn difference(input: &Input, found: &ArrayViewD<'_, f32>, expected: &ArrayViewD<'_, f32>) -> f32 {
     assert_eq!(found.shape(), expected.shape());
     let rank = found.ndim();
     found
@@ -120,7 +120,7 @@ fn compare(place: &str, model: &Model, checkpoint: &Checkpoint, expected: &Expec
     let input = expected.input();
     let (output, trace) = reference.step_traced(&input).unwrap();
     let logits = expected.floats(&format!("{tag}.logits"));
-    let worst = difference(&input, output.logits.view().into_dyn(), logits.view());
+    let worst = difference(&input, &output.logits.view().into_dyn(), &logits.view());
     assert!(worst < ATOL, "{place}: logits differ by {worst}");
     let routing = output.routing.unwrap();
     if tag == "dense" {
@@ -129,7 +129,7 @@ fn compare(place: &str, model: &Model, checkpoint: &Checkpoint, expected: &Expec
     }
 
     let inputs = expected.floats(&format!("{tag}.layer_inputs"));
-    let worst = difference(&input, trace.inputs.view().into_dyn(), inputs.view());
+    let worst = difference(&input, &trace.inputs.view().into_dyn(), &inputs.view());
     assert!(worst < ATOL, "{place}: layer inputs differ by {worst}");
 
     let layers = trace.layers.len();

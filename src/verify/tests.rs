@@ -1,5 +1,6 @@
 //! Each fault must be found, and named; what is no fault must pass.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
+#![allow(clippy::needless_raw_string_hashes, reason = "blessing writes them")]
 
 use expect_test::{Expect, expect};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
@@ -34,7 +35,7 @@ fn verify(reference: &[Fault], artifact: &[Fault]) -> Report {
 
 /// The artifact has `faults`; the report fails, and its last line says so in these words.
 #[track_caller]
-fn fails(faults: &[Fault], verdict: Expect) -> Report {
+fn fails(faults: &[Fault], verdict: &Expect) -> Report {
     let report = verify(&[], faults);
     assert!(!report.passed, "{report}");
     verdict.assert_eq(
@@ -93,13 +94,13 @@ fn rounding_passes() {
 fn a_wrong_logit_is_found() {
     fails(
         &[Fault::Logit { step: 0, by: 0.01 }],
-        expect![
+        &expect![
             "MISMATCH: prefill, step 0: logits (the final norm or the head, or the last layer) is 8.034013, not 8.024013 (within 5.0e-4), at row 0, token 0"
         ],
     );
     fails(
         &[Fault::Logit { step: 20, by: -0.01 }],
-        expect![
+        &expect![
             "MISMATCH: decode, step 20: logits (the final norm or the head, or the last layer) is 5.1682377, not 5.178238 (within 9.1e-4), at row 0, token 43"
         ],
     );
@@ -109,7 +110,7 @@ fn a_wrong_logit_is_found() {
 fn a_wrong_decision_is_found_where_it_is_taken() {
     let report = fails(
         &[Fault::Flip { module: MLP_1, column: 10 }],
-        expect![
+        &expect![
             "MISMATCH: prefill, step 0: layer 1 diverges first: decision margin of layers.1.mlp is 0.71914583, not -0.71914583 (within 1.0e-3), at row 0, token 10"
         ],
     );
@@ -128,7 +129,7 @@ fn a_wrong_decision_is_found_where_it_is_taken() {
 fn a_wrong_decision_that_is_not_reported_is_found_by_its_values() {
     fails(
         &[Fault::Silent, Fault::Flip { module: MLP_1, column: 10 }],
-        expect![
+        &expect![
             "MISMATCH: prefill, step 0: layer 2 diverges first: key in the cache of layer 2 (its key projection, or the layer before it) is -1.7594433, not -1.5152481 (within 2.3e-4), at row 0, token 10"
         ],
     );
@@ -207,13 +208,13 @@ fn a_wrong_cache_entry_is_found() {
     let wrong = |value, column| Fault::Cache { layer: 2, value, column, by: 0.01 };
     fails(
         &[wrong(false, 3)],
-        expect![
+        &expect![
             "MISMATCH: prefill, step 0: layer 2 diverges first: key in the cache of layer 2 (its key projection, or the layer before it) is 1.7424519, not 1.7324519 (within 2.0e-4), at row 0, token 3"
         ],
     );
     let report = fails(
         &[wrong(true, 50)],
-        expect![
+        &expect![
             "MISMATCH: decode, step 27: layer 2 diverges first: value in the cache of layer 2 (its value projection, or the layer before it) is -2.6985538, not -2.7085538 (within 2.4e-4), at row 0, token 50"
         ],
     );
@@ -238,14 +239,14 @@ fn a_cache_entry_of_padding_means_nothing() {
 fn a_wrong_module_is_named_by_the_layer_after_it() {
     fails(
         &[Fault::Mlp { layer: 1, by: 0.01 }],
-        expect![
+        &expect![
             "MISMATCH: prefill, step 0: layer 2 diverges first: key in the cache of layer 2 (its key projection, or the layer before it) is -0.07631226, not -0.06027071 (within 1.6e-4), at row 0, token 0"
         ],
     );
     // The last layer has none after it.
     fails(
         &[Fault::Mlp { layer: 2, by: 0.01 }],
-        expect![
+        &expect![
             "MISMATCH: prefill, step 0: logits (the final norm or the head, or the last layer) is 10.804476, not 10.727066 (within 7.1e-4), at row 0, token 3"
         ],
     );
@@ -299,7 +300,11 @@ fn a_cache_forgotten_between_chunks_is_found_by_the_chunks_alone() {
 fn a_drift_is_found_once_it_leaves_the_bounds() {
     fails(
         &[Fault::Drift { by: 1e-4 }],
+<<<<<<< HEAD
         expect![
+=======
+        &expect![
+>>>>>>> verify
             "MISMATCH: decode, step 10: logits (the final norm or the head, or the last layer) is -12.789458, not -12.790459 (within 9.1e-4), at row 0, token 33"
         ],
     );
