@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use ndarray::{Array2, Array3, array};
+use ndarray::{Array2, Array3, Array4, array};
 use skipgpt_export::decoder::{Decoder, Input, Logits};
 use skipgpt_export::generate;
 use skipgpt_export::runtime::decoder::Error;
@@ -14,7 +14,7 @@ use skipgpt_export::runtime::{
 };
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
-use self::graph::{PLAIN, Tiny, VOCAB, WEIGHTS, embedding, head};
+use self::graph::{Tiny, VOCAB, WEIGHTS, embedding, head};
 
 mod graph;
 
@@ -53,7 +53,7 @@ fn expected(before: &[(i64, bool)], ids: &[i64], real: &[bool]) -> Array2<f32> {
 
 #[test]
 fn prefill_chunks_and_steps_share_one_cache() {
-    let mut decoder = decoder(PLAIN);
+    let mut decoder = decoder(Tiny::Plain);
     assert_eq!(decoder.vocab_size(), VOCAB);
     assert_eq!(decoder.cache().unwrap(), []);
 
@@ -90,10 +90,9 @@ fn prefill_chunks_and_steps_share_one_cache() {
     assert_eq!(cache[0].layer, 3);
     let rows = [[5, 1, 2, 3, 4, 1], [0, 0, 7, 6, 5, 2]];
     for (factor, half) in [(1.0, &cache[0].key), (2.0, &cache[0].value)] {
-        assert_eq!(half.dim(), (2, 1, 6, 2));
-        for ((b, _, t, d), x) in half.indexed_iter() {
-            assert_eq!(*x, factor * embedding(rows[b][t])[d], "row {b}, token {t}");
-        }
+        let expected =
+            Array4::from_shape_fn((2, 1, 6, 2), |(b, _, t, d)| factor * embedding(rows[b][t])[d]);
+        assert_eq!(half, expected);
     }
 
     decoder.reset();
@@ -104,7 +103,7 @@ fn prefill_chunks_and_steps_share_one_cache() {
 
 #[test]
 fn routing_comes_with_its_modules() {
-    let session = open(Tiny { routing: true, ..PLAIN }, &Options::default());
+    let session = open(Tiny::Routing, &Options::default());
     let mut decoder = OnnxDecoder::new(session, modules()).unwrap();
     let output = decoder.step(&Input::prompts(&[vec![5, 1, 2]], Logits::All)).unwrap();
     let routing = output.routing.unwrap();
@@ -114,21 +113,21 @@ fn routing_comes_with_its_modules() {
 
 #[test]
 fn routing_of_other_modules_is_refused() {
-    let refused = |routing, modules| {
-        let session = open(Tiny { routing, ..PLAIN }, &Options::default());
+    let refused = |tiny, modules| {
+        let session = open(tiny, &Options::default());
         OnnxDecoder::new(session, modules).unwrap_err().to_string()
     };
-    assert_eq!(refused(false, modules()), "the graph has no output routing_margins");
+    assert_eq!(refused(Tiny::Plain, modules()), "the graph has no output routing_margins");
     for modules in [modules()[..1].to_vec(), Vec::new()] {
         let expected = format!("expected a float tensor [{}, batch, sequence]", modules.len());
-        let message = refused(true, modules);
+        let message = refused(Tiny::Routing, modules);
         assert!(message.contains("routing_margins") && message.ends_with(&expected), "{message}");
     }
 }
 
 #[test]
 fn other_outputs_come_on_request() {
-    let mut decoder = decoder(PLAIN);
+    let mut decoder = decoder(Tiny::Plain);
     let input = Input::prompts(&[vec![1, 2]], Logits::All);
     let (_, extra) = decoder.step_with(&input, &["layers.3.output"]).unwrap();
     assert_eq!(extra, [array![[[4.0, 0.75], [5.0, 1.125]]].into_dyn()]);
@@ -138,7 +137,7 @@ fn other_outputs_come_on_request() {
 
 #[test]
 fn half_precision_runs_the_same() {
-    let mut decoder = decoder(Tiny { half: true, ..PLAIN });
+    let mut decoder = decoder(Tiny::Half);
     let input = Input::prompts(&[vec![5, 1, 2]], Logits::All);
     let logits = decoder.step(&input).unwrap().logits;
     assert_eq!(logits.index_axis(ndarray::Axis(0), 0), expected(&[], &[5, 1, 2], &[true; 3]));
@@ -148,7 +147,7 @@ fn half_precision_runs_the_same() {
 
 #[test]
 fn mistaken_inputs_are_named_and_leave_the_cache_alone() {
-    let mut decoder = decoder(PLAIN);
+    let mut decoder = decoder(Tiny::Plain);
     let first = Input::prompts(&[vec![5, 1]], Logits::All);
     decoder.step(&first).unwrap();
     let cached = decoder.cache().unwrap();
@@ -198,7 +197,7 @@ fn mistaken_inputs_are_named_and_leave_the_cache_alone() {
 
 #[test]
 fn a_graph_that_loses_its_past_is_caught() {
-    let mut decoder = decoder(Tiny { forgetful: true, ..PLAIN });
+    let mut decoder = decoder(Tiny::Forgetful);
     // The mask is as long as the cache should be, so the graph itself only runs with one token.
     let first = Input::prompts(&[vec![5]], Logits::All);
     decoder.step(&first).unwrap();
@@ -212,16 +211,16 @@ fn what_is_no_decoder_is_refused() {
     let refused = |tiny| {
         OnnxDecoder::new(open(tiny, &Options::default()), Vec::new()).unwrap_err().to_string()
     };
-    let message = refused(Tiny { strange: true, ..PLAIN });
+    let message = refused(Tiny::Strange);
     assert!(message.starts_with("the graph has an input pixel_values; a decoder has"), "{message}");
-    let message = refused(Tiny { no_present_value: true, ..PLAIN });
+    let message = refused(Tiny::NoPresentValue);
     assert_eq!(message, "the graph has no output present.3.value");
 }
 
 #[test]
 fn graphs_load_from_files_and_from_memory_beside_their_weights() {
     let folder = tempfile::tempdir().unwrap();
-    let (bytes, weights) = Tiny { external: true, ..PLAIN }.bytes();
+    let (bytes, weights) = Tiny::External.bytes();
     fs::write(folder.path().join(WEIGHTS), weights).unwrap();
     let path = folder.path().join("model.onnx");
     fs::write(&path, &bytes).unwrap();
@@ -262,7 +261,7 @@ fn a_missing_provider_is_refused_with_the_command() {
         session::try_provider(&runtime, Provider::Cpu).unwrap();
         return;
     }
-    let (bytes, _) = PLAIN.bytes();
+    let (bytes, _) = Tiny::Plain.bytes();
     let options = Options { provider: Provider::Cuda, ..Options::default() };
     let error = Session::from_bytes(&runtime, &bytes, Path::new("."), &options).unwrap_err();
     let message = error.to_string();
@@ -274,7 +273,7 @@ fn a_missing_provider_is_refused_with_the_command() {
 fn a_profile_is_written_where_it_was_asked_for() {
     let folder = tempfile::tempdir().unwrap();
     let options = Options { profile: Some(folder.path().join("profile")), ..Options::default() };
-    let mut decoder = OnnxDecoder::new(open(PLAIN, &options), Vec::new()).unwrap();
+    let mut decoder = OnnxDecoder::new(open(Tiny::Plain, &options), Vec::new()).unwrap();
     decoder.step(&Input::prompts(&[vec![5, 1, 2]], Logits::All)).unwrap();
     let path = decoder.into_session().end_profile().unwrap();
     assert!(path.starts_with(folder.path()), "{}", path.display());
@@ -309,7 +308,7 @@ fn the_library_states_its_version_and_another_is_not_loaded() {
 
 #[test]
 fn generation_runs_on_the_cache() {
-    let session = open(Tiny { routing: true, ..PLAIN }, &Options::default());
+    let session = open(Tiny::Routing, &Options::default());
     let mut decoder = OnnxDecoder::new(session, modules()).unwrap();
     let options = generate::Options { max_new_tokens: 4, ..generate::Options::default() };
     let report = generate::tokens(&mut decoder, &[0, 0], &options, |_| ()).unwrap();

@@ -25,39 +25,32 @@ pub(crate) fn head(v: usize) -> [f32; 2] {
 }
 
 pub(crate) const VOCAB: usize = 8;
-/// The file that [`Tiny::external`] puts the embedding in.
+/// The file that [`Tiny::External`] puts the embedding in.
 pub(crate) const WEIGHTS: &str = "weights.bin";
 
-/// What varies.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Tiny {
+/// The graph, or the one thing about it that is different.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tiny {
+    /// As above.
+    Plain,
     /// An output of two modules' margins: the position minus 1.5, and its negative.
-    pub(crate) routing: bool,
+    Routing,
     /// Half precision for weights, cache and logits.
-    pub(crate) half: bool,
-    /// The embedding lies in another file.
-    pub(crate) external: bool,
+    Half,
+    /// The embedding lies in [`WEIGHTS`].
+    External,
     /// The cache forgets the past.
-    pub(crate) forgetful: bool,
+    Forgetful,
     /// An input no decoder has.
-    pub(crate) strange: bool,
+    Strange,
     /// No output for the values' cache.
-    pub(crate) no_present_value: bool,
+    NoPresentValue,
 }
-
-pub(crate) const PLAIN: Tiny = Tiny {
-    routing: false,
-    half: false,
-    external: false,
-    forgetful: false,
-    strange: false,
-    no_present_value: false,
-};
 
 impl Tiny {
     /// The file's bytes, and those of [`WEIGHTS`].
     pub(crate) fn bytes(self) -> (Vec<u8>, Vec<u8>) {
-        let float = if self.half { DataType::FLOAT16 } else { DataType::FLOAT };
+        let float = if self == Self::Half { DataType::FLOAT16 } else { DataType::FLOAT };
         let cache = |name: &str, length| value(name, float, &["batch", "1", length, "2"]);
         let mut nodes = vec![
             node("Gather", &["embedding", "input_ids"], "hidden", None),
@@ -73,7 +66,7 @@ impl Tiny {
         for (part, new) in [("key", "key"), ("value", "value")] {
             let past = format!("past_key_values.3.{part}");
             let present = format!("present.3.{part}");
-            let concat = if self.forgetful {
+            let concat = if self == Self::Forgetful {
                 node("Identity", &[new], &present, None)
             } else {
                 node("Concat", &[&past, new], &present, Some(int("axis", 2)))
@@ -91,10 +84,10 @@ impl Tiny {
             cache("present.3.key", "total_sequence"),
             value("layers.3.output", float, &["batch", "sequence", "2"]),
         ];
-        if !self.no_present_value {
+        if self != Self::NoPresentValue {
             outputs.push(cache("present.3.value", "total_sequence"));
         }
-        if self.routing {
+        if self == Self::Routing {
             inputs.push(value("position_ids", DataType::INT64, &["batch", "sequence"]));
             outputs.push(value("routing_margins", DataType::FLOAT, &["2", "batch", "sequence"]));
             let float = Some(int("to", DataType::FLOAT as i64));
@@ -112,7 +105,7 @@ impl Tiny {
                 ),
             ]);
         }
-        if self.strange {
+        if self == Self::Strange {
             inputs.push(value("pixel_values", DataType::FLOAT, &["batch"]));
         }
         let rows: Vec<f32> = (0..VOCAB as i64).flat_map(embedding).collect();
@@ -120,7 +113,7 @@ impl Tiny {
             (0..2).flat_map(|row| (0..VOCAB).map(move |v| head(v)[row])).collect();
         let mut embedding = self.weight("embedding", &[VOCAB, 2], &rows);
         let weights = embedding.raw_data.clone();
-        if self.external {
+        if self == Self::External {
             embedding.raw_data.clear();
             embedding.data_location = DataLocation::EXTERNAL.into();
             embedding.external_data = [("location", WEIGHTS), ("offset", "0")]
@@ -159,7 +152,7 @@ impl Tiny {
     }
 
     fn weight(self, name: &str, shape: &[usize], values: &[f32]) -> TensorProto {
-        if self.half {
+        if self == Self::Half {
             let bytes = values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
             tensor(name, DataType::FLOAT16, shape, bytes)
         } else {
