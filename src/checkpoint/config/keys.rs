@@ -118,14 +118,17 @@ impl Keys<'_> {
             let advice = "only full attention is read; set it to false if no sequence will be longer than the window";
             return Err(self.unsupported("use_sliding_window", found, advice));
         }
-        match (architecture, self.map.get("sliding_window")) {
-            (Architecture::Qwen2 | Architecture::Qwen3, _) | (_, Some(Value::Null)) => Ok(()),
-            (_, Some(found)) => Err(self.unsupported("sliding_window", found, ADVICE)),
-            (Architecture::Llama, None) => Ok(()),
-            (Architecture::Mistral, None) => Err(self.missing(
+        if matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3) {
+            return Ok(()); // `use_sliding_window` alone decides.
+        }
+        match self.map.get("sliding_window") {
+            Some(Value::Null) => Ok(()),
+            Some(found) => Err(self.unsupported("sliding_window", found, ADVICE)),
+            None if architecture == Architecture::Mistral => Err(self.missing(
                 "sliding_window",
                 "null (without the key, transformers takes a window of 4096)",
             )),
+            None => Ok(()),
         }
     }
 
