@@ -16,6 +16,8 @@ pub mod pth;
 pub mod router;
 pub mod safetensors;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;

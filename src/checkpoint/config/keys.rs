@@ -20,7 +20,7 @@ pub(super) struct Keys<'a> {
 /// Keys of these and related architectures that change what a model computes and are not
 /// implemented, each with the number that leaves it unused, if one does. `null`, `false` and empty
 /// values always do.
-const UNSUPPORTED: [(&str, Option<f64>, &str); 35] = [
+pub(super) const UNSUPPORTED: [(&str, Option<f64>, &str); 35] = [
     ("add_cross_attention", None, "only decoders without cross-attention are read"),
     ("attention_chunk_size", None, "only full attention is read"),
     ("attention_multiplier", None, "a model of another architecture is described here"),
