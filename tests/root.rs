@@ -1,5 +1,7 @@
 //! Every integration test, in one binary.
 
 mod differential;
+mod end_to_end;
 mod errors;
+mod oracle;
 mod runtime;
