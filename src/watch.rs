@@ -69,7 +69,9 @@ impl Watched {
             .collect();
         let bytes = proto::with_outputs(&artifact.read(names::MODEL)?, &outputs)?;
         let session = Session::from_bytes(runtime, &bytes, &artifact.directory, options)?;
-        let modules = artifact.manifest.routing.routed.clone();
+        let manifest = &artifact.manifest;
+        let emitted = manifest.options.emit_routing;
+        let modules = if emitted { manifest.routing.routed.clone() } else { Vec::new() };
         Ok(Self { decoder: OnnxDecoder::new(session, modules)?, routers })
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
-use ndarray::{Array2, Array3, ArrayViewD, IxDyn, s};
+use ndarray::{Array3, ArrayViewD, s};
 use skipgpt_export::checkpoint::{self, Checkpoint, Request};
 use skipgpt_export::decoder::{Decoder, Input, Logits, Output};
 use skipgpt_export::model::Reference;

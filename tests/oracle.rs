@@ -30,7 +30,7 @@ pub(crate) fn fixture(case: &str) -> PathBuf {
 }
 
 /// What the oracle computed for a case.
-pub(crate) struct Expected(HashMap<String, Tensor>);
+pub(crate) struct Expected(pub(crate) HashMap<String, Tensor>);
 
 impl Expected {
     pub(crate) fn of(case: &str) -> Self {
