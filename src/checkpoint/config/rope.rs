@@ -61,7 +61,8 @@ impl Inner<'_> {
         let Some((name, kind)) = kind else {
             // Without a type, an object that states no scaling is the default.
             let plain = self.keys.map.keys().all(|key| PLAIN.contains(&key.as_str()));
-            let missing = || self.keys.missing(&self.name("rope_type"), "default, linear or llama3");
+            let missing =
+                || self.keys.missing(&self.name("rope_type"), "default, linear or llama3");
             return if plain { Ok(RopeScaling::None) } else { Err(missing()) };
         };
         match kind.as_str() {

@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
-use expect_test::{Expect, expect};
 use serde_json::{Map, json};
 use skipgpt_passes::ir::{Rope, RopeScaling};
 
@@ -32,13 +31,13 @@ fn rope(changes: &Value) -> Rope {
 }
 
 #[track_caller]
-fn refused(model_type: &str, changes: &Value, expected: Expect) {
-    expected.assert_eq(&config(model_type, changes).unwrap_err());
+fn refused(model_type: &str, changes: &Value, expected: &str) {
+    assert_eq!(config(model_type, changes).unwrap_err(), expected);
 }
 
 #[test]
 fn biases_are_those_of_each_architecture() {
-    let bias = |model_type, changes| read_as(model_type, &changes).bias;
+    let bias = |model_type, changes: Value| read_as(model_type, &changes).bias;
     let all = |qkv, output, mlp| Bias { qkv, output, mlp };
     assert_eq!(bias("llama", json!({})), all(false, false, false));
     assert_eq!(
@@ -53,16 +52,12 @@ fn biases_are_those_of_each_architecture() {
     refused(
         "qwen2",
         &json!({"attention_bias": false}),
-        expect![
-            "config.json: attention_bias is false, which is not supported; a qwen2 model always has q, k and v biases"
-        ],
+        "config.json: attention_bias is false, which is not supported; a qwen2 model always has q, k and v biases",
     );
     refused(
         "mistral",
         &json!({"sliding_window": null, "mlp_bias": true}),
-        expect![
-            "config.json: mlp_bias is true, which is not supported; only a llama model can have MLP biases"
-        ],
+        "config.json: mlp_bias is true, which is not supported; only a llama model can have MLP biases",
     );
 }
 
@@ -74,20 +69,14 @@ fn head_width_is_stated_or_shared_evenly() {
     refused(
         "llama",
         &json!({"head_dim": 21}),
-        expect!["config.json: head_dim 21 is odd; rotary embedding needs an even one"],
+        "config.json: head_dim 21 is odd; rotary embedding needs an even one",
     );
     refused(
         "llama",
         &json!({"hidden_size": 66}),
-        expect![
-            "config.json: num_attention_heads 4 does not divide hidden_size 66; state head_dim"
-        ],
+        "config.json: num_attention_heads 4 does not divide hidden_size 66; state head_dim",
     );
-    refused(
-        "qwen3",
-        &json!({}),
-        expect!["config.json: head_dim is missing; expected a whole number"],
-    );
+    refused("qwen3", &json!({}), "config.json: head_dim is missing; expected a whole number");
 }
 
 #[test]
@@ -133,57 +122,49 @@ fn rope_has_two_forms() {
 
 #[test]
 fn rope_of_other_kinds_is_refused() {
-    let llama = |changes: Value, expected| refused("llama", &changes, expected);
+    let llama = |changes: Value, expected: &str| refused("llama", &changes, expected);
     llama(
         json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-        expect![[
-            r#"config.json: rope_scaling.type is "dynamic", which is not supported; default, linear and llama3 are read"#
-        ]],
+        r#"config.json: rope_scaling.type is "dynamic", which is not supported; default, linear and llama3 are read"#,
     );
     llama(
         json!({"rope_scaling": {"factor": 2.0}}),
-        expect![
-            "config.json: rope_scaling.rope_type is missing; expected default, linear and llama3 are read"
-        ],
+        "config.json: rope_scaling.rope_type is missing; expected default, linear or llama3",
     );
     llama(
         json!({"rope_scaling": {"type": "linear"}}),
-        expect!["config.json: rope_scaling.factor is missing; expected a number above 0"],
+        "config.json: rope_scaling.factor is missing; expected a number above 0",
     );
     llama(
         json!({"rope_scaling": {"type": "linear", "factor": -1}}),
-        expect!["config.json: rope_scaling.factor is -1; expected a number above 0"],
+        "config.json: rope_scaling.factor is -1; expected a number above 0",
     );
     llama(
         json!({"rope_scaling": [2.0]}),
-        expect!["config.json: rope_scaling is [2.0]; expected null or an object"],
+        "config.json: rope_scaling is [2.0]; expected null or an object",
     );
     llama(
         json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
-        expect![
-            "config.json: rope_parameters.full_attention is an object, which is not supported; only one setting for all layers is read"
-        ],
+        "config.json: rope_parameters.full_attention is an object, which is not supported; only one setting for all layers is read",
     );
     llama(
         json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
-        expect![
-            "config.json: rope_parameters.partial_rotary_factor is 0.5, which is not supported; rotary embedding must turn the whole head"
-        ],
+        "config.json: rope_parameters.partial_rotary_factor is 0.5, which is not supported; rotary embedding must turn the whole head",
     );
     llama(
         json!({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}),
-        expect!["config.json: rope_theta is stated twice, as 10000 and as 20000; remove one"],
+        "config.json: rope_theta is stated twice, as 10000 and as 20000; remove one",
     );
     llama(
         json!({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default"}}),
-        expect!["config.json: rope_scaling and rope_parameters are both there; remove one"],
+        "config.json: rope_scaling and rope_parameters are both there; remove one",
     );
     llama(
         json!({"rope_scaling": {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64
         }}),
-        expect!["config.json: rope_scaling: high_freq_factor 4 is not above low_freq_factor 4"],
+        "config.json: rope_scaling: high_freq_factor 4 is not above low_freq_factor 4",
     );
 }
 
@@ -194,16 +175,12 @@ fn sliding_windows_are_refused_where_they_act() {
     refused(
         "mistral",
         &json!({}),
-        expect![
-            "config.json: sliding_window is missing; expected null (without the key, transformers takes a window of 4096)"
-        ],
+        "config.json: sliding_window is missing; expected null (without the key, transformers takes a window of 4096)",
     );
     refused(
         "qwen2",
         &json!({"sliding_window": 4096, "use_sliding_window": true}),
-        expect![
-            "config.json: use_sliding_window is true, which is not supported; only full attention is read; set it to false if no sequence will be longer than the window"
-        ],
+        "config.json: use_sliding_window is true, which is not supported; only full attention is read; set it to false if no sequence will be longer than the window",
     );
 }
 
@@ -233,9 +210,7 @@ fn norms_of_heads_belong_to_qwen3() {
     refused(
         "llama",
         &json!({"use_qk_norm": true}),
-        expect![
-            "config.json: use_qk_norm is true, which is not supported; only qwen3 has norms on q and k"
-        ],
+        "config.json: use_qk_norm is true, which is not supported; only qwen3 has norms on q and k",
     );
 }
 
@@ -256,27 +231,23 @@ fn numbers_are_checked() {
     for (changes, expected) in [
         (
             json!({"vocab_size": 0}),
-            expect!["config.json: vocab_size is 0; expected a whole number from 1 to 2147483647"],
+            "config.json: vocab_size is 0; expected a whole number from 1 to 2147483647",
         ),
         (
             json!({"vocab_size": 1u64 << 40}),
-            expect![
-                "config.json: vocab_size is 1099511627776; expected a whole number from 1 to 2147483647"
-            ],
+            "config.json: vocab_size is 1099511627776; expected a whole number from 1 to 2147483647",
         ),
         (
             json!({"vocab_size": "320"}),
-            expect![[
-                r#"config.json: vocab_size is "320"; expected a whole number from 1 to 2147483647"#
-            ]],
+            r#"config.json: vocab_size is "320"; expected a whole number from 1 to 2147483647"#,
         ),
         (
             json!({"rms_norm_eps": 0.0}),
-            expect!["config.json: rms_norm_eps is 0.0; expected a number above 0"],
+            "config.json: rms_norm_eps is 0.0; expected a number above 0",
         ),
         (
             json!({"tie_word_embeddings": 1}),
-            expect!["config.json: tie_word_embeddings is 1; expected true or false"],
+            "config.json: tie_word_embeddings is 1; expected true or false",
         ),
     ] {
         refused("llama", &changes, expected);
