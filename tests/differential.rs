@@ -149,6 +149,31 @@ fn the_reference_computes_what_the_oracle_computed() {
     }
 }
 
+#[test]
+fn oracle_mistral_wide_heads() {
+    case_agrees("mistral-wide-heads", true);
+}
+
+#[test]
+fn oracle_qwen3_head_norm() {
+    case_agrees("qwen3-head-norm", true);
+}
+
+#[test]
+fn oracle_llama_biases_linear_rope() {
+    case_agrees("llama-biases-linear-rope", true);
+}
+
+#[test]
+fn oracle_llama_bf16_rslora() {
+    case_agrees("llama-bf16-rslora", true);
+}
+
+#[test]
+fn oracle_llama_f16() {
+    case_agrees("llama-f16", false);
+}
+
 /// Candle's own Llama, which gives the logits of the last token only.
 struct Llama {
     model: llama::Llama,
@@ -192,7 +217,10 @@ fn candle_llama_agrees_on_dense_models() {
         let validated = validate(&checkpoint.model).unwrap();
         let mut reference = Reference::load(validated, &checkpoint.sources).unwrap();
         let tokens = Expected::of(case).input().ids.row(0).to_vec();
-        let all = reference.step(&Input::prompts(&[tokens.clone()], Logits::All)).unwrap().logits;
+        let all = reference
+            .step(&Input::prompts(std::slice::from_ref(&tokens), Logits::All))
+            .unwrap()
+            .logits;
         let llama = Llama::load(&directory);
         for first in [1, 8, tokens.len()] {
             for (row, logits) in llama.run(&tokens, first).into_iter().enumerate() {

@@ -50,6 +50,16 @@ fn alpha_is_divided_by_the_rank_a_pth_shows() {
     assert!(found.values().all(|scale| scale.to_bits() == 1.5f64.to_bits()), "{found:?}");
 }
 
+/// As PEFT wrote adapters before it used safetensors.
+#[test]
+fn a_directory_may_hold_its_tensors_as_bin() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixture("oracle/llama-gqa");
+    std::fs::copy(from.join("adapter/adapter_config.json"), folder.path().join(CONFIG)).unwrap();
+    std::fs::copy(from.join("lora.pth"), folder.path().join(TENSORS[1])).unwrap();
+    assert_eq!(scales(folder.path(), None), scales(&from.join("adapter"), None));
+}
+
 #[track_caller]
 fn refused(path: &Path, alpha: Option<f64>, expected: &str) {
     let error = Adapter::open(path, alpha).unwrap_err().to_string();

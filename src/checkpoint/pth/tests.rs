@@ -18,7 +18,7 @@ fn fixture(name: &str) -> PathBuf {
 fn pickle(name: &str) -> Vec<u8> {
     let path = fixture(name);
     let (file, _) = files::open(&path).unwrap();
-    Zip::open(&path, file).unwrap().pickle().unwrap().1
+    Container::open(&path, file).unwrap().pickle().unwrap().1
 }
 
 /// What candle's machine makes of a pickle that the walk let through.
