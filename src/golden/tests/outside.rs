@@ -74,6 +74,30 @@ fn a_file_that_is_none_is_refused() {
     "#]],
     );
     says(
+        &broken("/environment", json!({"gpu": 1})),
+        &expect![[r#"
+        not a golden file: unknown field `gpu`, expected one of `onnxruntime`, `provider`, `threads` at line 1 column 105
+    "#]],
+    );
+    let cut = &text(&recorded(&[]))[..200];
+    says(
+        &Golden::parse(cut.as_bytes()).unwrap_err().to_string(),
+        &expect![[r#"
+        not a golden file: EOF while parsing a string at line 12 column 26
+    "#]],
+    );
+    let missing = Golden::read(std::path::Path::new("no-such-golden.json")).unwrap_err();
+    says(
+        &missing.to_string(),
+        &expect![[r#"
+        cannot read no-such-golden.json
+    "#]],
+    );
+}
+
+#[test]
+fn decisions_that_are_none_are_refused() {
+    says(
         &broken("/prompts/0/routing/1/module", json!("layers.0.router")),
         &expect![[r#"
         prompts[0].routing[1]: found module `layers.0.router`, expected names like `layers.3.mlp`, each once, in layer order
@@ -101,26 +125,6 @@ fn a_file_that_is_none_is_refused() {
         &broken("/prompts/1/routing/0/near", json!([[6, 0.001]])),
         &expect![[r#"
         prompts[1].routing[0].near: found token 6, expected less than 6
-    "#]],
-    );
-    says(
-        &broken("/environment", json!({"gpu": 1})),
-        &expect![[r#"
-        not a golden file: unknown field `gpu`, expected one of `onnxruntime`, `provider`, `threads` at line 1 column 105
-    "#]],
-    );
-    let cut = &text(&recorded(&[]))[..200];
-    says(
-        &Golden::parse(cut.as_bytes()).unwrap_err().to_string(),
-        &expect![[r#"
-        not a golden file: EOF while parsing a string at line 12 column 26
-    "#]],
-    );
-    let missing = Golden::read(std::path::Path::new("no-such-golden.json")).unwrap_err();
-    says(
-        &missing.to_string(),
-        &expect![[r#"
-        cannot read no-such-golden.json
     "#]],
     );
 }
