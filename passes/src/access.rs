@@ -305,7 +305,14 @@ mod tests {
 
     #[test]
     fn every_linear_is_reached_by_path_and_to_be_changed() {
-        for mut model in [model(1), testing::fused()] {
+        let mut own = model(1);
+        let router = testing::mlp(&mut own, 0).routing.own_router_mut().unwrap();
+        router.hidden = Some(testing::linear("hidden", [4, 8]));
+        let mut shared = testing::fused();
+        let router = shared.layers[0].router.as_mut().unwrap();
+        router.hidden = Some(testing::linear("hidden", [4, 8]));
+        for mut model in [own, shared] {
+            assert!(model.linears().iter().any(|(path, _)| path.ends_with("router.hidden")));
             let expected: Vec<_> =
                 model.linears().into_iter().map(|(_, linear)| linear.clone()).collect();
             let reached: Vec<_> = model.linears_mut().into_iter().map(|l| l.clone()).collect();

@@ -7,7 +7,7 @@
 //! Routing skips q, o and the MLP. K and V are projected for every token, because later tokens
 //! attend to them; routers and the head run for every token too.
 
-use crate::ir::{Attention, GateUp, KeyValue, Linear, Mlp, Model, ModuleId, ModuleKind};
+use crate::ir::{Attention, GateUp, KeyValue, Linear, Mlp, Model, ModuleId, ModuleKind, Routing};
 
 /// Multiply-adds of one token through a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,21 +59,20 @@ impl Model {
         let mut modules = Vec::new();
         let mut routers = 0;
         for layer in &self.layers {
-            if let Some(router) = &layer.router {
-                routers += router.hidden.iter().chain([&router.output]).map(linear).sum::<u64>();
+            if let Some(shared) = &layer.router {
+                routers += router(shared.hidden.as_ref(), &shared.output);
             }
             for id in layer.modules() {
                 let routing = layer.routing(id.kind);
-                if let Some(router) = routing.and_then(|routing| routing.own_router()) {
-                    routers +=
-                        router.hidden.iter().chain([&router.output]).map(linear).sum::<u64>();
+                if let Some(own) = routing.and_then(Routing::own_router) {
+                    routers += router(own.hidden.as_ref(), &own.output);
                 }
                 let (skippable, always) = match id.kind {
                     ModuleKind::Attention => layer.attention.as_ref().map(attention),
                     ModuleKind::Mlp => layer.mlp.as_ref().map(|module| (mlp(module), 0)),
                 }
                 .unwrap_or_default();
-                let routed = routing.is_some_and(|routing| routing.is_routed());
+                let routed = routing.is_some_and(Routing::is_routed);
                 modules.push(ModuleCost { id, skippable, always, routed });
             }
         }
@@ -98,6 +97,10 @@ fn mlp(mlp: &Mlp) -> u64 {
     gate_up + linear(&mlp.down)
 }
 
+fn router(hidden: Option<&Linear>, output: &Linear) -> u64 {
+    hidden.map_or(0, linear) + linear(output)
+}
+
 fn linear(linear: &Linear) -> u64 {
     let (rows, columns) = (linear.out_features() as u64, linear.in_features() as u64);
     let adapter = linear.lora.as_ref().map_or(0, |lora| lora.rank() as u64 * (rows + columns));
@@ -107,7 +110,7 @@ fn linear(linear: &Linear) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::{Phase, Routing};
+    use crate::ir::Phase;
     use crate::testing::{self, adapt, at, attention_id, fused, mlp_id, model};
 
     #[test]

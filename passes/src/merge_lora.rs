@@ -1,4 +1,4 @@
-//! Fold each LoRA adapter into the linear it adapts.
+//! Fold each `LoRA` adapter into the linear it adapts.
 //!
 //! `y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ` equals `y = x·(W + s·B·A)ᵀ`, so one multiplication remains:
 //!

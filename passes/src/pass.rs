@@ -288,6 +288,33 @@ mod tests {
     }
 
     #[test]
+    fn refusals_say_where_and_what_to_do() {
+        let refusals = [
+            Unsupported::RemovedAndAlways { module: crate::testing::mlp_id(3) },
+            Unsupported::AlwaysButAbsent { module: crate::testing::attention_id(3) },
+            Unsupported::NoAttentionLeft,
+            Unsupported::MixedRouters { layer: 3 },
+            Unsupported::OneRouterBias { layer: 3, linear: "hidden" },
+        ];
+        let lines: Vec<_> = refusals.iter().map(|refusal| format!("{refusal}\n")).collect();
+        expect![[r#"
+            the plan has layers.3.mlp both in `removed` and in `always`; take it out of one
+            the plan has layers.3.attention in `always`, and the model was read without it
+            the plan removes every attention module, and a decoder needs one cache; keep at least one
+            layers.3: one router is linear and the other has two layers; they cannot be one matrix, so export routers of one form
+            layers.3: only one of the two routers has a bias on `hidden`; they cannot be one matrix, so give the other a bias of zeros
+        "#]].assert_eq(&lines.concat());
+        let (pass, needs, got) = ("merge-lora", Phase::Imported, Phase::Merged);
+        expect!["merge-lora runs on Imported models; this one is Merged"]
+            .assert_eq(&Error::OutOfOrder { pass, needs, got }.to_string());
+        let misreported = Error::Misreported { pass, reported: Changed::No };
+        expect![
+            "merge-lora reported Changed::No, which is not so; this is a bug, please report it"
+        ]
+        .assert_eq(&misreported.to_string());
+    }
+
+    #[test]
     fn what_a_pass_does_not_support_keeps_its_reason() {
         let mut plan = plan();
         plan.removed = vec![crate::testing::attention_id(7)];

@@ -1,7 +1,6 @@
 //! Remove the modules the plan removes, and the routers of those it always runs.
 //!
-//! With `removed = [layers.0.mlp, layers.1.attention, layers.1.mlp]` and
-//! `always = [layers.0.attention]`:
+//! With `removed = [layers.0.mlp]` and `always = [layers.0.attention]`:
 //!
 //! ```text
 //! - layers.0.attention: routed by own router on layer-input, argmax
@@ -13,19 +12,6 @@
 //! -   gate = linear %0.gate[12x8]
 //! -   up = linear %0.up[12x8]
 //! -   down = linear %0.down[8x12]
-//! - layers.1.attention: routed by own router on layer-input, argmax
-//! -   router.output = linear %1.router_attention[2x8] bias %1.router_attention.bias[2]
-//! -   norm = %1.attention_norm[8]
-//! -   q = linear %1.q[8x8]
-//! -   k = linear %1.k[4x8]
-//! -   v = linear %1.v[4x8]
-//! -   o = linear %1.o[8x8]
-//! - layers.1.mlp: routed by own router on layer-input, argmax
-//! -   router.output = linear %1.router_mlp[2x8] bias %1.router_mlp.bias[2]
-//! -   norm = %1.mlp_norm[8]
-//! -   gate = linear %1.gate[12x8]
-//! -   up = linear %1.up[12x8]
-//! -   down = linear %1.down[8x12]
 //! + layers.0.mlp: removed
 //! ```
 //!
@@ -55,28 +41,37 @@ impl Pass for PruneModules {
     }
 
     fn apply(&self, model: &mut Model, plan: &Plan) -> Result<Changed, Unsupported> {
-        fits(model, plan)?;
-        let mut changed = false;
-        for layer in &mut model.layers {
-            for kind in [ModuleKind::Attention, ModuleKind::Mlp] {
-                let id = ModuleId { layer: layer.index, kind };
-                if plan.removed.contains(&id) {
-                    changed |= match kind {
-                        ModuleKind::Attention => layer.attention.take().is_some(),
-                        ModuleKind::Mlp => layer.mlp.take().is_some(),
-                    };
-                } else if plan.always.contains(&id)
-                    && let Some(routing) = layer.routing_mut(kind)
-                {
-                    changed |= routing.is_routed();
-                    *routing = Routing::Always;
-                }
+        prune(model, plan)
+    }
+}
+
+/// The rewrite, for models of any phase: a reference has the plan's removals and nothing else.
+///
+/// # Errors
+///
+/// [`Unsupported`] if the plan does not fit the model.
+pub fn prune(model: &mut Model, plan: &Plan) -> Result<Changed, Unsupported> {
+    fits(model, plan)?;
+    let mut changed = false;
+    for layer in &mut model.layers {
+        for kind in [ModuleKind::Attention, ModuleKind::Mlp] {
+            let id = ModuleId { layer: layer.index, kind };
+            if plan.removed.contains(&id) {
+                changed |= match kind {
+                    ModuleKind::Attention => layer.attention.take().is_some(),
+                    ModuleKind::Mlp => layer.mlp.take().is_some(),
+                };
+            } else if plan.always.contains(&id)
+                && let Some(routing) = layer.routing_mut(kind)
+            {
+                changed |= routing.is_routed();
+                *routing = Routing::Always;
             }
         }
-        let layers = model.layers.len();
-        model.layers.retain(|layer| layer.attention.is_some() || layer.mlp.is_some());
-        Ok(Changed::from(changed || layers != model.layers.len()))
     }
+    let layers = model.layers.len();
+    model.layers.retain(|layer| layer.attention.is_some() || layer.mlp.is_some());
+    Ok(Changed::from(changed || layers != model.layers.len()))
 }
 
 /// Refuses a plan that names what is not there, contradicts itself, or leaves no cache.
@@ -117,36 +112,37 @@ mod tests {
     }
 
     #[test]
-    fn removes_modules_and_routers_and_empty_layers() {
-        let removed = [mlp_id(0), attention_id(1), mlp_id(1)];
-        let plan = pruning(&removed, &[attention_id(0)]);
-        check_header(&PruneModules, frozen(2), &plan, include_str!("prune_modules.rs"));
+    fn removes_modules_and_routers() {
+        let plan = pruning(&[mlp_id(0)], &[attention_id(0)]);
+        check_header(&PruneModules, frozen(1), &plan, include_str!("prune_modules.rs"));
     }
 
     #[test]
-    fn keeps_the_indices_of_the_layers_after_a_dropped_one() {
-        let mut model = frozen(3);
+    fn drops_a_layer_wholly_gone_and_keeps_the_indices_after_it() {
         let plan = pruning(&[attention_id(1), mlp_id(1)], &[]);
+        let mut model = frozen(3);
         crate::pass::run(&[&PruneModules], &mut model, &plan, |_, _| {}).unwrap();
         assert_eq!(model.layers.iter().map(|layer| layer.index).collect::<Vec<_>>(), [0, 2]);
         assert_eq!(model.config.num_hidden_layers, 3);
-    }
-
-    #[test]
-    fn removes_one_module_of_a_layer() {
         check(
             &PruneModules,
-            frozen(1),
-            &pruning(&[mlp_id(0)], &[]),
-            expect![[r"
-                - layers.0.mlp: routed by own router on layer-input, argmax
-                -   router.output = linear %0.router_mlp[2x8] bias %0.router_mlp.bias[2]
-                -   norm = %0.mlp_norm[8]
-                -   gate = linear %0.gate[12x8]
-                -   up = linear %0.up[12x8]
-                -   down = linear %0.down[8x12]
-                + layers.0.mlp: removed
-            "]],
+            frozen(2),
+            &plan,
+            expect![[r#"
+            - layers.1.attention: routed by own router on layer-input, argmax
+            -   router.output = linear %1.router_attention[2x8] bias %1.router_attention.bias[2]
+            -   norm = %1.attention_norm[8]
+            -   q = linear %1.q[8x8]
+            -   k = linear %1.k[4x8]
+            -   v = linear %1.v[4x8]
+            -   o = linear %1.o[8x8]
+            - layers.1.mlp: routed by own router on layer-input, argmax
+            -   router.output = linear %1.router_mlp[2x8] bias %1.router_mlp.bias[2]
+            -   norm = %1.mlp_norm[8]
+            -   gate = linear %1.gate[12x8]
+            -   up = linear %1.up[12x8]
+            -   down = linear %1.down[8x12]
+        "#]],
         );
     }
 

@@ -1,9 +1,4 @@
 //! Tiny models for the tests, and the one `check` that every pass test goes through.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test may stop at the first surprise"
-)]
 
 use crate::ir::{
     Architecture, Attention, Config, DType, Dispatch, GateUp, KeyValue, Layer, Linear, Lora, Mlp,
@@ -175,7 +170,7 @@ pub(crate) fn check(pass: &dyn Pass, model: Model, plan: &Plan, expected: Expect
 #[track_caller]
 pub(crate) fn check_header(pass: &dyn Pass, model: Model, plan: &Plan, source: &str) {
     let actual = changes(pass, model, plan);
-    let block: String = actual.lines().map(|line| format!("//! {line}\n")).collect::<String>();
+    let block: String = actual.lines().flat_map(|line| ["//! ", line, "\n"]).collect();
     assert!(
         source.contains(&format!("//! ```text\n{block}//! ```\n")),
         "the example in the header of {} should be:\n{block}",
@@ -228,11 +223,11 @@ fn diff(before: &[&str], after: &[&str]) -> String {
         }
         let removed =
             j == after.len() || (i < before.len() && common[i + 1][j] >= common[i][j + 1]);
-        let (sign, line) = if removed { ('-', before[i]) } else { ('+', after[j]) };
+        let (sign, line) = if removed { ("- ", before[i]) } else { ("+ ", after[j]) };
         if let Some(heading) = heading.take().filter(|_| line.starts_with(' ')) {
-            out.push_str(&format!("  {heading}\n"));
+            out.extend(["  ", heading, "\n"]);
         }
-        out.push_str(&format!("{sign} {line}\n"));
+        out.extend([sign, line, "\n"]);
         if removed { i += 1 } else { j += 1 }
     }
     out

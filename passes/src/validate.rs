@@ -135,6 +135,12 @@ pub enum Rule {
         /// What it is.
         found: Vec<usize>,
     },
+    /// A dimension is 0.
+    #[error("shape [{}] is empty", Shape(.found))]
+    Empty {
+        /// The shape.
+        found: Vec<usize>,
+    },
     /// A fused projection cannot be halved.
     #[error("{rows} rows are not two equal halves")]
     OddRows {
@@ -230,7 +236,7 @@ pub struct Pattern(pub Vec<Option<usize>>);
 impl Pattern {
     fn matches(&self, shape: &[usize]) -> bool {
         let fits = |(want, have): (&Option<usize>, &usize)| want.is_none_or(|want| want == *have);
-        self.0.len() == shape.len() && self.0.iter().zip(shape).all(fits) && !shape.contains(&0)
+        self.0.len() == shape.len() && self.0.iter().zip(shape).all(fits)
     }
 }
 

@@ -1,5 +1,3 @@
-#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
-
 use super::*;
 use crate::testing::{
     at, attention, biased, check, check_header, dense, evaluate, linear, mlp, model, plan, refused,

@@ -24,7 +24,9 @@ impl<'a> Checker<'a> {
     }
 
     fn shape(&mut self, path: &str, found: Vec<usize>, expected: Pattern) {
-        if !expected.matches(&found) {
+        if found.contains(&0) {
+            self.report(path, Rule::Empty { found });
+        } else if !expected.matches(&found) {
             self.report(path, Rule::Shape { expected, found });
         }
     }

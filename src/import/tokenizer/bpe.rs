@@ -1,0 +1,174 @@
+//! Byte-level BPE (`tokenizer.ggml.model` = `gpt2`).
+//!
+//! Text is split into words, each byte of a word becomes one printable character, and the merges
+//! join those. Only the splitting differs between models, and a GGUF file names it instead of
+//! stating it; [`PRE`] states it.
+
+use serde_json::{Value, json};
+
+use super::vocabulary::Vocabulary;
+use super::{Error, Pipeline, vocab_json};
+use crate::import::metadata::{self, Metadata};
+
+/// How one pre-tokenizer splits text.
+#[derive(Debug, Clone, Copy)]
+struct Pre {
+    /// Its names in `tokenizer.ggml.pre`.
+    names: &'static [&'static str],
+    /// Whether text is composed (NFC) first.
+    compose: bool,
+    /// Expressions whose matches are cut out, one after the other.
+    splits: &'static [&'static str],
+    /// Whether every digit is a word of its own; after `splits`.
+    digits: bool,
+    /// Whether what is left is split as GPT-2 does.
+    gpt2: bool,
+    /// Whether a word that is a token is taken whole, without its merges.
+    whole_words: bool,
+    /// Whether a text begins with the beginning-of-text token, where the file does not say.
+    add_bos: bool,
+}
+
+const PLAIN: Pre = Pre {
+    names: &[],
+    compose: false,
+    splits: &[],
+    digits: false,
+    gpt2: false,
+    whole_words: false,
+    add_bos: false,
+};
+
+/// Letters with case, as DeepSeek's first models list them.
+const CASED_LETTERS: &str = concat!(
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ",
+    r"Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄ",
+    r"Ⰰ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+);
+const CJK: &str = "[一-龥ࠀ-一가-퟿]+";
+
+/// Every pre-tokenizer that is known.
+const PRE: &[Pre] = &[
+    Pre { names: &["gpt-2"], gpt2: true, ..PLAIN },
+    Pre { names: &["smollm", "starcoder", "refact"], digits: true, gpt2: true, ..PLAIN },
+    Pre { names: &["command-r"], compose: true, digits: true, gpt2: true, ..PLAIN },
+    Pre {
+        names: &["llama-bpe", "llama-v3", "llama3"],
+        splits: &[
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ],
+        whole_words: true,
+        add_bos: true,
+        ..PLAIN
+    },
+    Pre {
+        names: &["qwen2"],
+        compose: true,
+        splits: &[
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ],
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-llm"],
+        splits: &[r"[\r\n]", CASED_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK],
+        digits: true,
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-coder"],
+        splits: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK],
+        digits: true,
+        ..PLAIN
+    },
+];
+
+/// The pipeline of the file's vocabulary, merges and pre-tokenizer.
+pub fn pipeline(metadata: Metadata<'_>, vocabulary: &Vocabulary) -> Result<Pipeline, Error> {
+    let named = metadata.string("tokenizer.ggml.pre")?.unwrap_or("");
+    let Some(pre) = PRE.iter().find(|pre| pre.names.contains(&named)) else {
+        let known: Vec<_> = PRE.iter().flat_map(|pre| pre.names).copied().collect();
+        return Err(Error::Pre { found: named.into(), known: known.join(", ") });
+    };
+    if metadata.flag("tokenizer.ggml.add_space_prefix")? == Some(true) {
+        return Err(Error::Setting { key: "tokenizer.ggml.add_space_prefix" });
+    }
+    let add_bos = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(pre.add_bos);
+    Ok(Pipeline {
+        normalizer: if pre.compose { json!({ "type": "NFC" }) } else { Value::Null },
+        pre_tokenizer: pre_tokenizer(pre),
+        model: json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": pre.whole_words,
+            "vocab": vocab_json(vocabulary),
+            "merges": merges(metadata, vocabulary)?,
+        }),
+        post_processor: byte_level(false, false),
+        decoder: byte_level(true, true),
+        add_bos,
+        add_eos: metadata.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
+    })
+}
+
+fn byte_level(trim_offsets: bool, use_regex: bool) -> Value {
+    json!({
+        "type": "ByteLevel",
+        "add_prefix_space": false,
+        "trim_offsets": trim_offsets,
+        "use_regex": use_regex,
+    })
+}
+
+fn pre_tokenizer(pre: &Pre) -> Value {
+    let mut steps: Vec<Value> = pre
+        .splits
+        .iter()
+        .map(|regex| {
+            json!({
+                "type": "Split",
+                "pattern": { "Regex": regex },
+                "behavior": "Isolated",
+                "invert": false,
+            })
+        })
+        .collect();
+    if pre.digits {
+        steps.push(json!({ "type": "Digits", "individual_digits": true }));
+    }
+    let last = byte_level(true, pre.gpt2);
+    if steps.is_empty() {
+        return last;
+    }
+    steps.push(last);
+    json!({ "type": "Sequence", "pretokenizers": steps })
+}
+
+/// The merges as pairs, each checked: two tokens whose texts together are a third.
+fn merges<'a>(
+    metadata: Metadata<'a>,
+    vocabulary: &Vocabulary,
+) -> Result<Vec<(&'a str, &'a str)>, Error> {
+    let key = "tokenizer.ggml.merges";
+    let merges = metadata
+        .strings(key)?
+        .ok_or(metadata::Error::Missing { key: key.into(), expected: "an array of strings" })?;
+    let known = |text: &str| vocabulary.ids.contains_key(text);
+    merges
+        .iter()
+        .enumerate()
+        .map(|(index, merge)| {
+            merge
+                .split_once(' ')
+                .filter(|(left, right)| {
+                    known(left) && known(right) && known(&[*left, *right].concat())
+                })
+                .ok_or_else(|| Error::Merge { index, merge: merge.clone() })
+        })
+        .collect()
+}
