@@ -5,3 +5,4 @@ mod end_to_end;
 mod errors;
 mod oracle;
 mod runtime;
+mod verification;

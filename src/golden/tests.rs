@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
 #![allow(clippy::needless_raw_string_hashes, reason = "blessing writes them")]
 
+mod outside;
+
 use expect_test::{Expect, expect};
-use serde_json::{Value, json};
 
 use super::*;
 use crate::tolerance::Tolerances;
@@ -60,6 +61,13 @@ fn last_line(report: &Report) -> String {
     report.to_string().lines().last().unwrap().to_owned()
 }
 
+/// The text, whose one line or lines stand in the expectation.
+#[track_caller]
+fn says(text: &str, expect: &Expect) {
+    // Ending in a newline, so that blessing writes every expectation in one form.
+    expect.assert_eq(&format!("{text}\n"));
+}
+
 /// Recorded without a fault, checked with these: both modes fail, with these words.
 #[track_caller]
 fn fails(faults: &[Fault], verdict: &Expect) {
@@ -68,7 +76,7 @@ fn fails(faults: &[Fault], verdict: &Expect) {
     assert!(!report.passed, "{report}");
     let report = checked(&golden, faults, &options(Mode::Tolerant));
     assert!(!report.passed, "{report}");
-    verdict.assert_eq(&last_line(&report));
+    says(&last_line(&report), verdict);
 }
 
 fn text(golden: &Golden) -> String {
@@ -150,7 +158,7 @@ fn the_file_reads_back_as_it_was_written() {
 #[test]
 fn the_same_artifact_is_as_recorded() {
     let golden = recorded(&[]);
-    for mode in [Mode::Exact, Mode::Tolerant] {
+    let lines = [Mode::Exact, Mode::Tolerant].map(|mode| {
         let mut report = checked(&golden, &[], &options(mode));
         report.seconds = 0.5;
         assert!(report.passed && report.same_artifact);
@@ -158,9 +166,15 @@ fn the_same_artifact_is_as_recorded() {
         assert_eq!(report.decision_agreement, Some(1.0));
         // The file has six decimals.
         assert!(report.max_log_prob_error <= 5e-7);
-        expect!["as recorded: 2 prompts, 12 of 12 tokens, 120 of 120 decisions, log-probabilities within 4.8e-7, f32 on CPUExecutionProvider, ONNX Runtime 1.31.1, 0.5 s"]
-            .assert_eq(&last_line(&report));
-    }
+        last_line(&report)
+    });
+    assert_eq!(lines[0], lines[1]);
+    says(
+        &lines[0],
+        &expect![[r#"
+        as recorded: 2 prompts, 12 of 12 tokens, 120 of 120 decisions, log-probabilities within 4.8e-7, f32 on CPUExecutionProvider, ONNX Runtime 1.31.1, 0.5 s
+    "#]],
+    );
 }
 
 #[test]
@@ -176,45 +190,45 @@ fn rounding_passes_in_both_modes() {
 fn every_fault_is_found() {
     fails(
         &[Fault::Logit { step: 3, by: 9.0 }],
-        &expect![
-            "MISMATCH: 1 of 2 prompts, first prompt 2: token 3 in place 3 has log-probability -0.000545, recorded was -1.689171 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 1 of 2 prompts, first prompt 2: token 3 in place 3 has log-probability -0.000545, recorded was -1.689171 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
     fails(
         &[Fault::LogitIs { step: 2, value: f32::NAN }],
-        &expect![
-            "MISMATCH: 2 of 2 prompts, first prompt 1: token 30 in place 2 has log-probability NaN, recorded was -1.287468 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 2 of 2 prompts, first prompt 1: token 30 in place 2 has log-probability NaN, recorded was -1.287468 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
     fails(
         &[Fault::Flip { module: MLP_1, column: 4 }],
-        &expect![
-            "MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is kept in layers.1.mlp (margin 0.73680717), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is kept in layers.1.mlp (margin 0.73680717), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
     fails(
         &[Fault::Flip { module: MLP_1, column: 11 }],
-        &expect![
-            "MISMATCH: 1 of 2 prompts, first prompt 1: token 11 is kept in layers.1.mlp (margin 0.15207879), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 1 of 2 prompts, first prompt 1: token 11 is kept in layers.1.mlp (margin 0.15207879), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
     fails(
         &[Fault::Mlp { layer: 2, by: 0.01 }],
-        &expect![
-            "MISMATCH: 1 of 2 prompts, first prompt 1: token 30 in place 0 has log-probability -1.601327, recorded was -1.606353 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 1 of 2 prompts, first prompt 1: token 30 in place 0 has log-probability -1.601327, recorded was -1.606353 (within 0.001); f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
     fails(
         &[Fault::Margin { module: MLP_1, column: 4, value: f32::NAN }],
-        &expect![
-            "MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is neither kept nor skipped in layers.1.mlp (margin NaN), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 2 of 2 prompts, first prompt 1: token 4 is neither kept nor skipped in layers.1.mlp (margin NaN), recorded was skipped; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
     fails(
         &[Fault::Dense],
-        &expect![
-            "MISMATCH: 2 of 2 prompts, first prompt 1: step 0: the artifact routes [], recorded were [layers.0.attention, layers.0.mlp, layers.1.attention, layers.1.mlp, layers.2.attention, layers.2.mlp]; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1"
-        ],
+        &expect![[r#"
+        MISMATCH: 2 of 2 prompts, first prompt 1: step 0: the artifact routes [], recorded were [layers.0.attention, layers.0.mlp, layers.1.attention, layers.1.mlp, layers.2.attention, layers.2.mlp]; f32 on CPUExecutionProvider, ONNX Runtime 1.31.1
+    "#]],
     );
 }
 
@@ -250,9 +264,13 @@ fn too_many_ties_fail() {
     let report = checked(&recorded(&[at(1e-6)]), &[at(-1e-6)], &options(Mode::Tolerant));
     assert!(report.prompts.iter().all(|prompt| prompt.passed), "{report}");
     assert!(!report.passed);
-    expect![[r#"
+    says(
+        &report.failures.join("\n"),
+        &expect![[r#"
         2 ties came out the other way, where 1 of 98 decisions may
-        12 of 12 steps come after a tie that came out the other way: too little is left to compare; record again with other prompts"#]].assert_eq(&report.failures.join("\n"));
+        12 of 12 steps come after a tie that came out the other way: too little is left to compare; record again with other prompts
+    "#]],
+    );
 }
 
 #[test]
@@ -300,8 +318,12 @@ fn another_tokenizer_is_found() {
     options.tokenized = Some(tokenized);
     let report = checked(&golden, &[], &options);
     assert!(!report.passed);
-    expect!["the tokenizer gives 9 tokens, recorded were 9; they differ from token 5"]
-        .assert_eq(&report.prompts[0].failures[0]);
+    says(
+        &report.prompts[0].failures[0],
+        &expect![[r#"
+        the tokenizer gives 9 tokens, recorded were 9; they differ from token 5
+    "#]],
+    );
 }
 
 #[test]
@@ -334,24 +356,54 @@ fn what_cannot_be_recorded_is_an_error() {
     let none = RecordOptions { tokens: 0, ..base.clone() };
     let margin = Fault::Margin { module: MLP_1, column: 0, value: f32::NAN };
     let nan = Fault::LogitIs { step: 0, value: f32::INFINITY };
-    expect!["there is no prompt to record; give at least one"].assert_eq(&error(&[], &[], &base));
-    expect!["prompt 1 has no token; give it some text"].assert_eq(&error(&[], &prompt(&[]), &base));
-    expect!["prompt 1: token 32 is outside the artifact's vocabulary of 32; is the file of another model?"].assert_eq(&error(&[], &prompt(&[32]), &base));
-    expect!["tokens is 0; it must be 1 to 1048576"].assert_eq(&error(&[], &prompts(), &none));
-    expect!["prompt 1, step 0: a logit is not finite; `verify` finds where it begins"]
-        .assert_eq(&error(&[nan], &prompts(), &base));
-    expect!["prompt 1, step 0: a margin is not finite; `verify` finds where it begins"]
-        .assert_eq(&error(&[margin], &prompts(), &base));
-    expect!["prompt 1, step 2: the artifact failed"].assert_eq(&error(
-        &[Fault::Fails { step: 2 }],
-        &prompts(),
-        &base,
-    ));
-    expect!["prompt 1, step 0: logits have shape [1, 1, 31], not [1, 1, 32]"].assert_eq(&error(
-        &[Fault::Narrow],
-        &prompts(),
-        &base,
-    ));
+    says(
+        &error(&[], &[], &base),
+        &expect![[r#"
+        there is no prompt to record; give at least one
+    "#]],
+    );
+    says(
+        &error(&[], &prompt(&[]), &base),
+        &expect![[r#"
+        prompt 1 has no token; give it some text
+    "#]],
+    );
+    says(
+        &error(&[], &prompt(&[32]), &base),
+        &expect![[r#"
+        prompt 1: token 32 is outside the artifact's vocabulary of 32; is the file of another model?
+    "#]],
+    );
+    says(
+        &error(&[], &prompts(), &none),
+        &expect![[r#"
+        tokens is 0; it must be 1 to 1048576
+    "#]],
+    );
+    says(
+        &error(&[nan], &prompts(), &base),
+        &expect![[r#"
+        prompt 1, step 0: a logit is not finite; `verify` finds where it begins
+    "#]],
+    );
+    says(
+        &error(&[margin], &prompts(), &base),
+        &expect![[r#"
+        prompt 1, step 0: a margin is not finite; `verify` finds where it begins
+    "#]],
+    );
+    says(
+        &error(&[Fault::Fails { step: 2 }], &prompts(), &base),
+        &expect![[r#"
+        prompt 1, step 2: the artifact failed
+    "#]],
+    );
+    says(
+        &error(&[Fault::Narrow], &prompts(), &base),
+        &expect![[r#"
+        prompt 1, step 0: logits have shape [1, 1, 31], not [1, 1, 32]
+    "#]],
+    );
 }
 
 #[test]
@@ -360,109 +412,18 @@ fn what_cannot_be_checked_is_an_error() {
         let mut toy = Toy::with(faults.iter().copied());
         check(&mut toy, golden, &options(Mode::Exact), &mut |_| {}).unwrap_err()
     };
-    expect!["prompt 1, step 0: the artifact does not report the decisions of every routed module; export it with --emit-routing"].assert_eq(&error(&[Fault::Silent], &recorded(&[])).to_string());
+    says(
+        &error(&[Fault::Silent], &recorded(&[])).to_string(),
+        &expect![[r#"
+        prompt 1, step 0: the artifact does not report the decisions of every routed module; export it with --emit-routing
+    "#]],
+    );
     let mut other = recorded(&[]);
     other.prompts[1].top[0][2].0 = 99;
-    expect!["prompt 2: token 99 is outside the artifact's vocabulary of 32; is the file of another model?"].assert_eq(&error(&[], &other).to_string());
-}
-
-/// A valid file with one value replaced, and what reading it says.
-fn broken(pointer: &str, value: Value) -> String {
-    let mut json: Value = serde_json::from_str(&text(&recorded(&[]))).unwrap();
-    *json.pointer_mut(pointer).unwrap() = value;
-    Golden::parse(json.to_string().as_bytes()).unwrap_err().to_string()
-}
-
-#[test]
-fn a_file_that_is_none_is_refused() {
-    expect!["the golden file has version 2, this tool reads 1; record it again"]
-        .assert_eq(&broken("/version", json!(2)));
-    expect![[r#"not a golden file: invalid type: string "1", expected u64 at line 1 column 14"#]]
-        .assert_eq(&broken("/version", json!("1")));
-    expect!["dtype: found `int4`, expected f32, f16 or bf16"]
-        .assert_eq(&broken("/dtype", json!("int4")));
-    expect!["prompts: found 0 entries, expected 1 to 1048576"]
-        .assert_eq(&broken("/prompts", json!([])));
-    expect!["prompts[1].ids: found 0 entries, expected 1 to 1048576"]
-        .assert_eq(&broken("/prompts/1/ids", json!([])));
-    expect!["prompts[1].ids: found token -3, expected 0 or more"]
-        .assert_eq(&broken("/prompts/1/ids/0", json!(-3)));
-    expect!["prompts[0].top[0]: the first token is 30, expected the greedy one, 31"]
-        .assert_eq(&broken("/prompts/0/greedy/0", json!(31)));
-    expect!["prompts[0].top: found 6 entries, expected 2"]
-        .assert_eq(&broken("/prompts/0/greedy", json!([1, 2])));
-    expect!["prompts[0].top[1]: found 0 entries, expected 1 to 100"]
-        .assert_eq(&broken("/prompts/0/top/1", json!([])));
-    expect!["prompts[0].top[1]: found a log-probability of 0.5, expected 0 or less"]
-        .assert_eq(&broken("/prompts/0/top/1/2/1", json!(0.5)));
-    expect!["prompts[0].routing[1]: found module `layers.0.router`, expected names like `layers.3.mlp`, each once, in layer order"].assert_eq(&broken("/prompts/0/routing/1/module", json!("layers.0.router")));
-    expect!["prompts[0].routing[1]: found module `layers.0.attention`, expected names like `layers.3.mlp`, each once, in layer order"].assert_eq(&broken("/prompts/0/routing/1/module", json!("layers.0.attention")));
-    expect!["prompts[0].routing[0].keep: found 3 entries, expected 14"]
-        .assert_eq(&broken("/prompts/0/routing/0/keep", json!("101")));
-    expect!["prompts[1].routing[0].keep: found `é`, expected only 0 and 1"]
-        .assert_eq(&broken("/prompts/1/routing/0/keep", json!("1é1")));
-    expect!["prompts[1].routing[0].near: found token 6, expected less than 6"]
-        .assert_eq(&broken("/prompts/1/routing/0/near", json!([[6, 0.001]])));
-    expect!["not a golden file: unknown field `gpu`, expected one of `onnxruntime`, `provider`, `threads` at line 1 column 105"].assert_eq(&broken("/environment", json!({"gpu": 1})));
-    let cut = &text(&recorded(&[]))[..200];
-    expect!["not a golden file: EOF while parsing a string at line 12 column 26"]
-        .assert_eq(&Golden::parse(cut.as_bytes()).unwrap_err().to_string());
-    let missing = Golden::read(std::path::Path::new("no-such-golden.json")).unwrap_err();
-    expect!["cannot read no-such-golden.json"].assert_eq(&missing.to_string());
-}
-
-#[test]
-fn junit_has_a_case_per_prompt() {
-    let mut report = checked(
-        &recorded(&[]),
-        &[Fault::Flip { module: MLP_1, column: 7 }],
-        &options(Mode::Tolerant),
+    says(
+        &error(&[], &other).to_string(),
+        &expect![[r#"
+        prompt 2: token 99 is outside the artifact's vocabulary of 32; is the file of another model?
+    "#]],
     );
-    report.seconds = 1.25;
-    for prompt in &mut report.prompts {
-        prompt.seconds = 0.5;
-        prompt.failures.truncate(2);
-        prompt.more_failures = 0;
-    }
-    report.prompts[1].notes.push("a tie & more".to_owned());
-    report.failures.push("too many <ties>".to_owned());
-    let mut bytes = Vec::new();
-    junit(&report, &mut bytes).unwrap();
-    let xml = String::from_utf8(bytes).unwrap();
-    expect![[r#"
-        <?xml version="1.0" encoding="UTF-8"?>
-        <testsuites name="golden" tests="3" failures="2" errors="0" time="1.250">
-          <testsuite name="golden" tests="3" failures="2" errors="0" time="1.250">
-            <testcase name="prompt 1: It is a truth &lt;universally&gt; &amp; &quot;acknowledged&quot;" classname="toy" time="0.500">
-              <failure message="token 7 is kept in layers.1.mlp (margin 0.094261095), recorded was skipped" type="mismatch">token 7 is kept in layers.1.mlp (margin 0.094261095), recorded was skipped</failure>
-            </testcase>
-            <testcase name="prompt 2: �&#10;" classname="toy" time="0.500">
-              <system-out>a tie &amp; more</system-out>
-            </testcase>
-            <testcase name="all prompts" classname="toy" time="1.250">
-              <failure message="too many &lt;ties&gt;" type="mismatch">too many &lt;ties&gt;</failure>
-            </testcase>
-          </testsuite>
-        </testsuites>
-    "#]].assert_eq(&xml);
-
-    // It is XML, and what was escaped comes back.
-    let mut reader = quick_xml::Reader::from_str(&xml);
-    let mut names = Vec::new();
-    loop {
-        use quick_xml::events::Event;
-        match reader.read_event().unwrap() {
-            Event::Eof => break,
-            Event::Start(e) | Event::Empty(e) if e.name().as_ref() == "testcase" => {
-                let name = e.try_get_attribute("name").unwrap().unwrap();
-                names.push(
-                    name.normalized_value(quick_xml::XmlVersion::Implicit1_0).unwrap().into_owned(),
-                );
-            }
-            _ => {}
-        }
-    }
-    assert_eq!(names.len(), 3);
-    assert_eq!(names[0], "prompt 1: It is a truth <universally> & \"acknowledged\"");
-    assert_eq!(names[1], "prompt 2: \u{fffd}\n");
 }
