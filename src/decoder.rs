@@ -57,6 +57,15 @@ pub struct CacheEntry {
     pub value: Array4<f32>,
 }
 
+/// What a layer adds up to in one step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerOutput {
+    /// The layer's place in the checkpoint.
+    pub layer: usize,
+    /// The residual stream after the layer, `[batch, sequence, hidden]`.
+    pub hidden: Array3<f32>,
+}
+
 /// A model that runs.
 pub trait Decoder {
     /// Why a step failed.
@@ -73,6 +82,21 @@ pub trait Decoder {
 
     /// Number of tokens in the vocabulary.
     fn vocab_size(&self) -> usize;
+
+    /// What every layer gave in the last step; `None` where the decoder does not keep it.
+    fn layer_outputs(&self) -> Result<Option<Vec<LayerOutput>>, Self::Error> {
+        Ok(None)
+    }
+}
+
+/// A decoder that can take another's decisions: what artifacts are verified against.
+pub trait Reference: Decoder {
+    /// Like [`Decoder::step`], except that every module named in `routing` keeps the tokens that
+    /// `routing` keeps. The margins it reports are still its own routers'.
+    ///
+    /// `routing` has the batch and the sequence of `input`, and names modules in any order; one
+    /// that the decoder does not route is ignored.
+    fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Self::Error>;
 }
 
 impl Input {

@@ -1,3 +1,50 @@
-//! The ONNX back end.
+//! The back end: a lowered model becomes an ONNX graph.
+//!
+//! Opset 18 and ONNX Runtime's own `RotaryEmbedding` and `FusedMatMul`: what every ONNX Runtime
+//! since 1.20 runs on CPU and CUDA without copies between them. One graph serves prefill, decode,
+//! chunks on top of a cache, and batches padded on the left.
 
+mod attention;
+mod builder;
 pub mod graph;
+mod lower;
+mod mlp;
+pub mod proto;
+mod routing;
+mod text;
+
+pub use lower::ROUTING;
+pub use routing::{RouterScores, router_scores};
+
+use skipgpt_passes::ir::{DType, Phase};
+use skipgpt_passes::validate::Validated;
+
+use graph::Graph;
+
+/// The version of the standard operators.
+pub const OPSET: i64 = 18;
+
+/// The oldest ONNX Runtime that runs what is emitted here.
+pub const MINIMUM_ONNXRUNTIME: &str = "1.20";
+
+/// What the caller may choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Of weights, hidden states and caches; routers and logits are `f32`.
+    pub dtype: DType,
+    /// Whether the decisions are an output, [`ROUTING`].
+    pub emit_routing: bool,
+}
+
+/// The model is not in the phase the back end takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the ONNX back end takes Lowered models; this one is {0}: run lower-routers first")]
+pub struct WrongPhase(Phase);
+
+/// The graph of a lowered model. Inputs and outputs depend on the checkpoint and the plan alone.
+pub fn lower(model: Validated<'_>, options: Options) -> Result<Graph, WrongPhase> {
+    match model.phase() {
+        Phase::Lowered => Ok(lower::lower(model.model(), options)),
+        phase => Err(WrongPhase(phase)),
+    }
+}

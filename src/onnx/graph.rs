@@ -78,6 +78,8 @@ pub enum Attribute {
     Ints(Vec<i64>),
     /// One real number.
     Float(f32),
+    /// What a `Cast` casts to.
+    Type(Element),
     /// A branch of an `If`.
     Graph(Graph),
 }

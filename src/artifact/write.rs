@@ -1,0 +1,359 @@
+//! Writes an artifact.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use skipgpt_passes::ir;
+use skipgpt_passes::plan::Plan;
+
+use super::clients::Generation;
+use super::hash::{Digest, InputHashes};
+use super::layout::Layout;
+use super::manifest::{self, FileRecord, GraphFacts, Manifest, ModelFacts, Options, Weights};
+use super::output::Output;
+use super::staging::{Open, Staging};
+use super::{Error, OnProgress, Progress, Step, card, clients, names};
+use crate::checkpoint::Checkpoint;
+use crate::inspect::Work;
+use crate::onnx::graph::{Element, Graph, Initializer};
+use crate::onnx::proto;
+use crate::sources::Sources;
+use crate::weights;
+
+/// What is to be written, and where.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The directory to create.
+    pub output: &'a Path,
+    /// Whether an earlier export may be replaced.
+    pub force: bool,
+    /// The model the graph was lowered from.
+    pub model: &'a ir::Model,
+    /// The graph.
+    pub graph: &'a Graph,
+    /// Where the tensors lie.
+    pub checkpoint: &'a Checkpoint,
+    /// What the passes applied.
+    pub plan: &'a Plan,
+    /// The passes that ran, in order.
+    pub passes: &'a [&'a str],
+    /// What was asked for.
+    pub options: Options,
+    /// The oldest ONNX Runtime that runs the graph.
+    pub min_onnxruntime: &'a str,
+}
+
+/// Writes the artifact; the directory appears only once everything in it is on the disk.
+///
+/// # Errors
+///
+/// [`Error::Exists`] and [`Error::NotReplaceable`] for a taken path, [`Error::NoSpace`] for a full
+/// disk, [`Error::Weight`] for a weight that cannot be read or is not finite, [`Error::Unlinkable`]
+/// for one that cannot be shared. After any of them nothing is left behind.
+pub fn write(request: &Request<'_>, progress: OnProgress<'_>) -> Result<Manifest, Error> {
+    outside_checkpoint(request.output, &request.checkpoint.directory)?;
+    let staging = Staging::begin(request.output, request.force)?;
+    write_staged(request, staging, progress)
+}
+
+/// [`write()`] with another way to create files.
+#[cfg_attr(not(test), allow(dead_code, reason = "tests put a full disk here"))]
+pub(super) fn write_with(
+    request: &Request<'_>,
+    open: Open,
+    progress: OnProgress<'_>,
+) -> Result<Manifest, Error> {
+    let staging = Staging::begin_with(request.output, request.force, open)?;
+    write_staged(request, staging, progress)
+}
+
+fn write_staged(
+    request: &Request<'_>,
+    mut staging: Staging,
+    progress: OnProgress<'_>,
+) -> Result<Manifest, Error> {
+    let Request { model, graph, checkpoint, .. } = *request;
+    let layout = match request.options.weights {
+        Weights::Copy => Layout::copy(graph),
+        Weights::Link => Layout::link(graph, &checkpoint.sources)?,
+    };
+    staging.require(layout.size)?;
+    let generation = Generation::read(&checkpoint.directory)?;
+    let (inputs, copied) = inputs(checkpoint);
+    // Reads the inputs from first byte to last beside everything below; stops if that fails.
+    let hashes = InputHashes::start(inputs.clone())?;
+
+    let mut outputs = Files { staging: &staging, records: Vec::new() };
+    for path in &copied {
+        outputs.copy(path)?;
+    }
+    if let Some(defaults) = generation.defaults() {
+        let bytes = clients::json(names::GENERATION_CONFIG, &defaults)?;
+        outputs.write(names::GENERATION_CONFIG, &bytes)?;
+    }
+    let genai = clients::json(names::GENAI_CONFIG, &generation.genai(&model.config))?;
+    outputs.write(names::GENAI_CONFIG, &genai)?;
+    let dtype = request.options.dtype.to_string();
+    let metadata = [("dtype", dtype.as_str()), ("min_onnxruntime", request.min_onnxruntime)];
+    outputs.write(names::MODEL, &proto::encode(graph, &layout.placements, &metadata)?)?;
+    let mut tracker = Tracker { progress, done: 0, total: layout.total(), stopped: false };
+    outputs.data(&layout, &checkpoint.sources, &mut tracker)?;
+    check_linked(&layout, &checkpoint.sources, &mut tracker)?;
+    let mut linked = Vec::new();
+    for (path, name) in &layout.files {
+        if outputs.records.iter().any(|record| record.name == *name) || is_reserved(name) {
+            return Err(Error::NameTaken(path.clone()));
+        }
+        if staging.link(path, name)? {
+            linked.push((path, name));
+        } else {
+            outputs.copy_as(path, name)?;
+        }
+    }
+
+    let digests = hashes.finish()?;
+    for (path, name) in linked {
+        // The same file: its hash is known once the inputs are hashed.
+        let index = inputs.iter().position(|input| input == path);
+        let digest = match index.and_then(|index| digests.get(index)) {
+            Some(digest) => digest.clone(),
+            None => super::hash::of_file(path, &mut |_| true)?.ok_or(Error::Interrupted)?,
+        };
+        outputs.record(name, digest);
+    }
+    let input_names = relative_names(&inputs, &checkpoint.directory);
+    let mut manifest = Manifest {
+        manifest_version: manifest::VERSION,
+        tool: manifest::Tool::this(),
+        options: request.options,
+        plan: request.plan.clone(),
+        passes: request.passes.iter().map(ToString::to_string).collect(),
+        model: ModelFacts::of(&model.config),
+        routing: manifest::Routing::of(model, request.plan),
+        cache_layers: manifest::cache_layers(model),
+        work: Work::of(model),
+        graph: Some(GraphFacts::of(graph, request.min_onnxruntime)),
+        inputs: input_names.into_iter().zip(digests).map(|(name, d)| record(name, d)).collect(),
+        outputs: Vec::new(),
+    };
+    outputs.write(names::CARD, card::text(&manifest).as_bytes())?;
+    manifest.outputs = outputs.finish();
+    let mut last = Files { staging: &staging, records: Vec::new() };
+    last.write(names::MANIFEST, &manifest.to_json()?)?;
+    staging.commit()?;
+    Ok(manifest)
+}
+
+/// The files of the artifact in the making.
+pub(crate) struct Files<'a> {
+    pub(crate) staging: &'a Staging,
+    pub(crate) records: Vec<FileRecord>,
+}
+
+impl Files<'_> {
+    /// Writes a small file.
+    pub(crate) fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let mut output = self.staging.create(name)?;
+        output.write_all(bytes).map_err(|error| self.staging.explain(name, error))?;
+        self.close(output)
+    }
+
+    /// Copies a file under its own name.
+    pub(crate) fn copy(&mut self, path: &Path) -> Result<(), Error> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.copy_as(path, &name)
+    }
+
+    fn copy_as(&mut self, path: &Path, name: &str) -> Result<(), Error> {
+        const BUFFER: usize = 4 << 20;
+        let read = |error| Error::io("read", path, error);
+        let mut file = std::fs::File::open(path).map_err(read)?;
+        let mut output = self.staging.create(name)?;
+        let size = file.metadata().map_err(read)?.len();
+        let mut buffer = vec![0; BUFFER.min(size as usize + 1)];
+        loop {
+            match io::Read::read(&mut file, &mut buffer) {
+                Ok(0) => return self.close(output),
+                Ok(count) => output
+                    .write_all(&buffer[..count])
+                    .map_err(|error| self.staging.explain(name, error))?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(read(error)),
+            }
+        }
+    }
+
+    /// Writes `model.onnx.data`, if any weight goes there.
+    fn data(
+        &mut self,
+        layout: &Layout<'_>,
+        sources: &Sources,
+        tracker: &mut Tracker<'_>,
+    ) -> Result<(), Error> {
+        if layout.written.is_empty() {
+            return Ok(());
+        }
+        let mut output = self.staging.create(names::DATA)?;
+        let failed = |error| self.staging.explain(names::DATA, error);
+        for (offset, initializer, weight) in &layout.written {
+            output.pad_to(*offset).map_err(failed)?;
+            let mut sink = Tracked { inner: &mut output, tracker, failure: None };
+            let result = evaluate(initializer, weight, sources, &mut sink);
+            if let Some(error) = sink.failure.take() {
+                return Err(failed(error));
+            }
+            result?;
+        }
+        self.close(output)
+    }
+
+    pub(crate) fn close(&mut self, output: Output) -> Result<(), Error> {
+        let name = output.name().to_owned();
+        let digest = output.finish().map_err(|error| self.staging.explain(&name, error))?;
+        self.record(&name, digest);
+        Ok(())
+    }
+
+    fn record(&mut self, name: &str, digest: Digest) {
+        self.records.push(record(name.to_owned(), digest));
+    }
+
+    /// The records, by name.
+    pub(crate) fn finish(mut self) -> Vec<FileRecord> {
+        self.records.sort_by(|a, b| a.name.cmp(&b.name));
+        self.records
+    }
+}
+
+pub(crate) fn record(name: String, Digest { size, sha256 }: Digest) -> FileRecord {
+    FileRecord { name, size, sha256 }
+}
+
+/// Weights that stay where they are must be finite too.
+fn check_linked(
+    layout: &Layout<'_>,
+    sources: &Sources,
+    tracker: &mut Tracker<'_>,
+) -> Result<(), Error> {
+    for (initializer, weight) in &layout.linked {
+        let mut sink = Tracked { inner: &mut io::sink(), tracker, failure: None };
+        evaluate(initializer, weight, sources, &mut sink)?;
+    }
+    Ok(())
+}
+
+fn evaluate<W: Write>(
+    initializer: &Initializer,
+    weight: &ir::Weight,
+    sources: &Sources,
+    sink: &mut Tracked<'_, '_, W>,
+) -> Result<(), Error> {
+    let name = || initializer.name.clone();
+    let before = sink.tracker.done;
+    // A weight in an integer initializer is a bug whose bytes then do not fit either.
+    let dtype = match initializer.element {
+        Element::Float(dtype) => dtype,
+        Element::Int64 | Element::Bool => ir::DType::F32,
+    };
+    let expected = initializer.size();
+    let planned = weight.len() as u64 * dtype.size() as u64;
+    if planned != expected {
+        return Err(Error::WrongSize { name: name(), expected, found: planned });
+    }
+    let result = weights::write(weight, dtype, sources, sink);
+    if sink.tracker.stopped {
+        return Err(Error::Interrupted);
+    }
+    result.map_err(|source| Error::Weight { name: name(), source })?;
+    let found = sink.tracker.done - before;
+    if found == expected { Ok(()) } else { Err(Error::WrongSize { name: name(), expected, found }) }
+}
+
+/// Counts the bytes of the weights and asks whether to go on.
+pub(crate) struct Tracker<'a> {
+    pub(crate) progress: OnProgress<'a>,
+    pub(crate) done: u64,
+    pub(crate) total: u64,
+    pub(crate) stopped: bool,
+}
+
+/// A destination that reports to a [`Tracker`].
+pub(crate) struct Tracked<'a, 'b, W> {
+    pub(crate) inner: &'a mut W,
+    pub(crate) tracker: &'a mut Tracker<'b>,
+    /// Why the destination refused; the evaluator only says that it did.
+    pub(crate) failure: Option<io::Error>,
+}
+
+impl<W: Write> Write for Tracked<'_, '_, W> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        if let Err(error) = self.inner.write_all(buffer) {
+            let kind = error.kind();
+            self.failure = Some(error);
+            return Err(kind.into());
+        }
+        let Tracker { progress, done, total, stopped } = &mut *self.tracker;
+        *done += buffer.len() as u64;
+        match progress(Progress { step: Step::Weights, done: *done, total: *total }) {
+            ControlFlow::Continue(()) => Ok(buffer.len()),
+            ControlFlow::Break(()) => {
+                *stopped = true;
+                Err(io::ErrorKind::Other.into())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// Every file to hash, and those among them to copy.
+pub(crate) fn inputs(checkpoint: &Checkpoint) -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let names = [names::CONFIG, names::GENERATION_CONFIG].into_iter();
+    let copied: Vec<_> = names
+        .chain(names::COPIED.iter().copied())
+        .map(|name| checkpoint.directory.join(name))
+        .filter(|path| path.is_file())
+        .collect();
+    let mut seen = BTreeSet::new();
+    let all = checkpoint.files.iter().chain(&copied);
+    let inputs = all.filter(|path| seen.insert(*path)).cloned().collect();
+    (inputs, copied)
+}
+
+/// Names for the manifest: relative to the checkpoint, or, outside it, the shortest end of the
+/// path that no other input has.
+pub(crate) fn relative_names(paths: &[PathBuf], directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = Vec::with_capacity(paths.len());
+    for path in paths {
+        if let Ok(inside) = path.strip_prefix(directory) {
+            names.push(inside.to_string_lossy().into_owned());
+            continue;
+        }
+        let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+        let ends = (0..parts.len()).rev().map(|start| parts[start..].join("/"));
+        let free = ends.into_iter().find(|end| !names.contains(end));
+        names.push(free.unwrap_or_else(|| parts.join("/")));
+    }
+    names
+}
+
+fn is_reserved(name: &str) -> bool {
+    [names::MANIFEST, names::CARD].contains(&name)
+}
+
+/// An artifact inside the checkpoint, or the other way round, would be removed or hashed with it.
+pub(crate) fn outside_checkpoint(output: &Path, checkpoint: &Path) -> Result<(), Error> {
+    let Ok(directory) = checkpoint.canonicalize() else { return Ok(()) };
+    let Ok(output_directory) = output.canonicalize() else { return Ok(()) };
+    if directory.starts_with(&output_directory) {
+        return Err(Error::OnCheckpoint {
+            path: output.to_path_buf(),
+            checkpoint: checkpoint.to_path_buf(),
+        });
+    }
+    Ok(())
+}

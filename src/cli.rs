@@ -1,0 +1,102 @@
+//! What was typed, as types. Each command's meaning is in the file of its name.
+
+pub(crate) mod doctor;
+pub(crate) mod eval;
+pub(crate) mod export;
+pub(crate) mod generate;
+pub(crate) mod golden;
+pub(crate) mod import;
+pub(crate) mod inspect;
+pub(crate) mod profile;
+pub(crate) mod screen;
+pub(crate) mod sources;
+pub(crate) mod verify;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Compiles language models with trained SkipGPT routers to ONNX artifacts that skip the work.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Turn a GGUF file or a training checkpoint (.pth) into a Hugging Face checkpoint directory
+    Import(import::Arguments),
+    /// Measure how often each module is kept, on text
+    Profile(profile::Arguments),
+    /// Compile a checkpoint with its routers and adapter to an artifact
+    Export(export::Arguments),
+    /// Compare an artifact with the checkpoint it was made from
+    Verify(verify::Arguments),
+    /// Record an artifact's outputs, or check them against a record
+    #[command(subcommand)]
+    Golden(golden::Command),
+    /// Generate text with an artifact
+    Generate(generate::Arguments),
+    /// Measure perplexity of a checkpoint or of an artifact
+    Eval(eval::Arguments),
+    /// Show what is in an artifact or a checkpoint
+    Inspect(inspect::Arguments),
+    /// Show which ONNX Runtime is used, and what is missing
+    Doctor(doctor::Arguments),
+}
+
+/// A checkpoint and what was trained on it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CheckpointArguments {
+    /// Checkpoint: a Hugging Face directory with config.json and safetensors
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Routers: router.safetensors or router.pth
+    #[arg(long, value_name = "FILE")]
+    pub(crate) router: Option<PathBuf>,
+    /// LoRA: a PEFT directory, or lora.pth
+    #[arg(long, value_name = "PATH")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// LoRA alpha, for a lora.pth (which does not state it)
+    #[arg(long, value_name = "ALPHA")]
+    pub(crate) lora_alpha: Option<f64>,
+}
+
+/// How ONNX Runtime is found and run.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RuntimeArguments {
+    /// ONNX Runtime: the shared library, or a directory that holds it
+    #[arg(long, value_name = "PATH")]
+    pub(crate) onnxruntime: Option<PathBuf>,
+    /// Where the artifact runs
+    #[arg(long, value_enum, default_value_t = Provider::Cpu)]
+    pub(crate) provider: Provider,
+    /// Threads for one operator [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Provider {
+    Cpu,
+    Cuda,
+}
+
+/// Where a report goes besides the terminal.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ReportArguments {
+    /// Also write the report as JSON; `-` writes it to standard output in place of the text
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+/// What a command found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It holds, or it is done.
+    Holds,
+    /// It was measured and does not hold.
+    Fails,
+}

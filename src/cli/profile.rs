@@ -1,0 +1,53 @@
+//! `profile`: how often each module is kept, on text.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use skipgpt_export::text::Tokenizer;
+use skipgpt_export::{eval, profile};
+
+use super::{CheckpointArguments, Verdict, screen, sources};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    checkpoint: CheckpointArguments,
+    /// Plain text, one or more files
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    text: Vec<PathBuf>,
+    /// The profile to write
+    #[arg(short, long, value_name = "FILE", default_value = "profile.json")]
+    output: PathBuf,
+    /// Tokens in a window
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    window: usize,
+    /// Use only the first windows
+    #[arg(long, value_name = "WINDOWS")]
+    limit: Option<usize>,
+    /// Replace an existing profile
+    #[arg(long)]
+    force: bool,
+}
+
+pub(crate) fn run(arguments: Arguments) -> Result<Verdict> {
+    if arguments.output.exists() && !arguments.force {
+        bail!("{}: already exists; --force replaces it", arguments.output.display());
+    }
+    let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
+    let tokenizer = Tokenizer::open(&checkpoint.directory)?;
+    let tokens = sources::token_ids(&tokenizer, &arguments.text)?;
+    let mut reference = sources::reference(&checkpoint)?;
+    let options =
+        eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
+    let bar = screen::count("profiling");
+    let config = &checkpoint.model.config;
+    let profile = profile::measure(&mut reference, config, &tokens, options, |done, windows| {
+        bar.set_length(windows as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    screen::write_json(&arguments.output, &profile)?;
+    screen::line(&profile)?;
+    Ok(Verdict::Holds)
+}

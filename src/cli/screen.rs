@@ -1,0 +1,93 @@
+//! The terminal: progress bars where there is one, reports as text or JSON, interruption.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::ReportArguments;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// The exit code of a process ended by Ctrl-C.
+const INTERRUPT_EXIT_CODE: i32 = 130;
+
+/// From now on the first Ctrl-C asks long operations to clean up and stop, and the second ends the
+/// process at once.
+pub(crate) fn catch_interrupts() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            #[allow(clippy::exit, reason = "the user asked twice")]
+            std::process::exit(INTERRUPT_EXIT_CODE);
+        }
+    })
+    .context("cannot catch Ctrl-C")
+}
+
+/// Whether to go on.
+pub(crate) fn go_on() -> ControlFlow<()> {
+    if INTERRUPTED.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
+/// A bar over bytes; invisible where standard error is no terminal.
+pub(crate) fn bytes(label: &'static str) -> ProgressBar {
+    bar(label, "{prefix:>10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+}
+
+/// A bar over things counted.
+pub(crate) fn count(label: &'static str) -> ProgressBar {
+    bar(label, "{prefix:>10} [{wide_bar}] {pos}/{len} {msg} {eta}")
+}
+
+fn bar(label: &'static str, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style).with_prefix(label)
+}
+
+/// Writes one line to standard output. A reader that has gone away is no error.
+pub(crate) fn line(text: impl Display) -> Result<()> {
+    print(&format!("{text}\n"))
+}
+
+/// Writes text to standard output and shows it at once.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Tells a person what goes on, where a person is likely to read it.
+pub(crate) fn note(text: impl Display) {
+    if io::stderr().is_terminal() {
+        let _ = writeln!(io::stderr().lock(), "{text}");
+    } else {
+        tracing::info!("{text}");
+    }
+}
+
+/// Shows a report, as text and as JSON, as asked.
+pub(crate) fn report(report: &(impl Serialize + Display), to: &ReportArguments) -> Result<()> {
+    match to.json.as_deref() {
+        None => line(report),
+        Some(path) if path == Path::new("-") => line(serde_json::to_string_pretty(report)?),
+        Some(path) => {
+            write_json(path, report)?;
+            line(report)
+        }
+    }
+}
+
+/// Writes a value as an indented JSON file.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)? + "\n";
+    std::fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
+}

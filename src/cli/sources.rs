@@ -1,0 +1,79 @@
+//! From arguments to the things they name: checkpoints, references, artifacts, text.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use skipgpt_export::artifact::{self, Artifact};
+use skipgpt_export::checkpoint::{self, Checkpoint};
+use skipgpt_export::model::Reference;
+use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Version, session};
+use skipgpt_export::text::Tokenizer;
+use skipgpt_passes::validate;
+
+use super::{CheckpointArguments, Provider, RuntimeArguments, screen};
+
+/// Reads the checkpoint that was named.
+pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> {
+    let model = arguments.model.as_deref().context("--model DIR is needed: the checkpoint")?;
+    Ok(checkpoint::read(&checkpoint::Request {
+        model,
+        router: arguments.router.as_deref(),
+        adapter: arguments.adapter.as_deref(),
+        lora_alpha: arguments.lora_alpha,
+    })?)
+}
+
+/// The reference that runs a checkpoint as it was imported.
+pub(crate) fn reference(checkpoint: &Checkpoint) -> Result<Reference> {
+    Ok(Reference::load(validate(&checkpoint.model)?, &checkpoint.sources)?)
+}
+
+/// Finds ONNX Runtime, of at least the version an artifact asks for.
+pub(crate) fn runtime(arguments: &RuntimeArguments, artifact: &Artifact) -> Result<Runtime> {
+    let graph = artifact.manifest.graph.as_ref();
+    let minimum = graph.map_or(skipgpt_export::onnx::MINIMUM_ONNXRUNTIME, |g| &g.min_onnxruntime);
+    let minimum: Version = minimum.parse()?;
+    Ok(Runtime::find(arguments.onnxruntime.as_deref(), minimum)?)
+}
+
+/// How sessions are to run.
+pub(crate) fn session_options(arguments: &RuntimeArguments) -> session::Options {
+    let provider = match arguments.provider {
+        Provider::Cpu => session::Provider::Cpu,
+        Provider::Cuda => session::Provider::Cuda,
+    };
+    session::Options { provider, threads: arguments.threads, ..session::Options::default() }
+}
+
+/// An artifact, opened and compared with its manifest's hashes.
+pub(crate) fn artifact(directory: &Path) -> Result<Artifact> {
+    let artifact = artifact::open(directory)?;
+    let bar = screen::bytes("checking");
+    artifact.verify_hashes(&mut |progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+        screen::go_on()
+    })?;
+    bar.finish_and_clear();
+    Ok(artifact)
+}
+
+/// The artifact under ONNX Runtime, as shipped.
+pub(crate) fn decoder(artifact: &Artifact, arguments: &RuntimeArguments) -> Result<OnnxDecoder> {
+    let runtime = runtime(arguments, artifact)?;
+    let path = artifact.path(artifact::names::MODEL);
+    let session = Session::open(&runtime, &path, &session_options(arguments))?;
+    Ok(OnnxDecoder::new(session, artifact.manifest.routing.routed.clone())?)
+}
+
+/// The tokens of a text file, without special tokens.
+pub(crate) fn tokens(tokenizer: &Tokenizer, files: &[impl AsRef<Path>]) -> Result<Vec<i64>> {
+    let mut tokens = Vec::new();
+    for file in files {
+        let file = file.as_ref();
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("{}: cannot be read as UTF-8 text", file.display()))?;
+        tokens.extend(tokenizer.encode(&text, false)?);
+    }
+    Ok(tokens)
+}

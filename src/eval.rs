@@ -1,0 +1,291 @@
+//! Perplexity: how well a decoder predicts a text.
+//!
+//! The text's tokens are cut into windows; each window is run on its own, from an empty cache, and
+//! predicts every token of it but the first. With a stride shorter than the window the windows
+//! overlap, and each token is scored once, in the first window that predicts it, so that later ones
+//! have more context. What is left over at the end and fills no window is not scored.
+
+use ndarray::{Array2, ArrayView1};
+use serde::{Deserialize, Serialize};
+use skipgpt_passes::ir::ModuleKind;
+
+use crate::decoder::{Decoder, Input, Logits, Routing};
+
+/// How the text is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Tokens per window; at least 2.
+    pub window: usize,
+    /// From one window's first token to the next one's; the window where not given.
+    pub stride: Option<usize>,
+    /// Number of windows at most.
+    pub limit: Option<usize>,
+}
+
+/// How far an evaluation is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// Windows done.
+    pub done: usize,
+    /// Windows in all.
+    pub windows: usize,
+    /// Perplexity of what is done.
+    pub perplexity: f64,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Perplexity {
+    /// The exponential of the mean negative log-likelihood.
+    pub perplexity: f64,
+    /// Mean negative log-likelihood of a token, in nats.
+    pub nll: f64,
+    /// Its standard error, windows taken as the independent unit; `None` for a single window.
+    pub nll_standard_error: Option<f64>,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Windows run.
+    pub windows: usize,
+    /// Tokens per window.
+    pub window: usize,
+    /// From one window's first token to the next one's.
+    pub stride: usize,
+    /// What the routers skipped; `None` where the decoder does not report its decisions.
+    pub skipped: Option<Skipped>,
+}
+
+/// Shares of decisions that skip, over the routed modules and every token run; `None` where no such
+/// module is routed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Skipped {
+    /// Of attention modules.
+    pub attention: Option<f64>,
+    /// Of MLP modules.
+    pub mlp: Option<f64>,
+    /// Of both.
+    pub all: Option<f64>,
+}
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub enum Error<D> {
+    /// A window predicts nothing.
+    #[error("a window of {0} tokens predicts nothing; it must have 2 or more")]
+    Window(usize),
+    /// Windows that leave out tokens, or never advance.
+    #[error("the stride is {stride}; it must be in 1..={window}, the window")]
+    Stride {
+        /// The stride asked for.
+        stride: usize,
+        /// The window.
+        window: usize,
+    },
+    /// Not one window is to be run.
+    #[error("a limit of 0 windows leaves nothing to measure; it must be 1 or more")]
+    Limit,
+    /// The text does not fill a window.
+    #[error(
+        "the text has {tokens} tokens and a window needs {window}; take a longer text or a shorter window"
+    )]
+    Short {
+        /// Tokens of the text.
+        tokens: usize,
+        /// Tokens per window.
+        window: usize,
+    },
+    /// The decoder failed.
+    #[error("window {window}: {source}")]
+    Decoder {
+        /// From 0.
+        window: usize,
+        /// The decoder's word.
+        source: D,
+    },
+    /// The decoder gave logits of another shape than it was asked for.
+    #[error("window {window}: the logits are {found:?}; {expected:?} was asked for")]
+    Logits {
+        /// From 0.
+        window: usize,
+        /// Their shape.
+        found: (usize, usize, usize),
+        /// `[batch, sequence, vocab]`.
+        expected: (usize, usize, usize),
+    },
+    /// A prediction is NaN, or gives the token no probability at all.
+    #[error(
+        "window {window}, token {position}: the log-likelihood is {value}; are the weights damaged, or their range too small?"
+    )]
+    NotFinite {
+        /// From 0.
+        window: usize,
+        /// The predicted token's place in the window.
+        position: usize,
+        /// What was computed.
+        value: f64,
+    },
+}
+
+/// The windows of a text.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Windows {
+    pub(crate) window: usize,
+    pub(crate) stride: usize,
+    pub(crate) count: usize,
+}
+
+impl Windows {
+    pub(crate) fn new<D>(tokens: usize, options: Options) -> Result<Self, Error<D>> {
+        let Options { window, stride, limit } = options;
+        let stride = stride.unwrap_or(window);
+        if window < 2 {
+            return Err(Error::Window(window));
+        }
+        if !(1..=window).contains(&stride) {
+            return Err(Error::Stride { stride, window });
+        }
+        if limit == Some(0) {
+            return Err(Error::Limit);
+        }
+        if tokens < window {
+            return Err(Error::Short { tokens, window });
+        }
+        let all = (tokens - window) / stride + 1;
+        Ok(Self { window, stride, count: limit.map_or(all, |limit| limit.min(all)) })
+    }
+
+    /// Window `index` of `tokens`, as a step from an empty cache.
+    pub(crate) fn input(&self, tokens: &[u32], index: usize, logits: Logits) -> Input {
+        let first = index * self.stride;
+        let tokens = &tokens[first..first + self.window];
+        let shape = (1, self.window);
+        Input {
+            ids: Array2::from_shape_fn(shape, |(_, s)| i64::from(tokens[s])),
+            mask: Array2::ones(shape),
+            positions: Array2::from_shape_fn(shape, |(_, s)| s as i64),
+            logits,
+        }
+    }
+
+    /// The first place in window `index` that no window before it predicts.
+    fn first_scored(&self, index: usize) -> usize {
+        if index == 0 { 1 } else { (self.window - self.stride).max(1) }
+    }
+}
+
+/// Runs `decoder` over `tokens` (a text without special tokens) and scores its predictions;
+/// `progress` hears of every window.
+///
+/// # Errors
+///
+/// Every variant of [`Error`].
+pub fn perplexity<D: Decoder>(
+    decoder: &mut D,
+    tokens: &[u32],
+    options: Options,
+    mut progress: impl FnMut(Progress),
+) -> Result<Perplexity, Error<D::Error>> {
+    let windows = Windows::new(tokens.len(), options)?;
+    let mut sums: Vec<(f64, usize)> = Vec::with_capacity(windows.count);
+    let mut decisions: Option<Decisions> = None;
+    for index in 0..windows.count {
+        let input = windows.input(tokens, index, Logits::All);
+        decoder.reset();
+        let output =
+            decoder.step(&input).map_err(|source| Error::Decoder { window: index, source })?;
+        let expected = (1, windows.window, decoder.vocab_size());
+        if output.logits.dim() != expected {
+            let found = output.logits.dim();
+            return Err(Error::Logits { window: index, found, expected });
+        }
+        let mut sum = 0.0;
+        let first = windows.first_scored(index);
+        for position in first..windows.window {
+            let token = input.ids[[0, position]] as usize;
+            let row = output.logits.slice(ndarray::s![0, position - 1, ..]);
+            let value = log_likelihood(&row, token);
+            if !value.is_finite() {
+                return Err(Error::NotFinite { window: index, position, value });
+            }
+            sum -= value;
+        }
+        sums.push((sum, windows.window - first));
+        if let Some(routing) = &output.routing {
+            decisions.get_or_insert_default().count(routing, &input);
+        }
+        let perplexity = mean(&sums).exp();
+        progress(Progress { done: index + 1, windows: windows.count, perplexity });
+    }
+    decoder.reset();
+    let nll = mean(&sums);
+    Ok(Perplexity {
+        perplexity: nll.exp(),
+        nll,
+        nll_standard_error: standard_error(&sums, nll),
+        tokens: sums.iter().map(|(_, tokens)| tokens).sum(),
+        windows: windows.count,
+        window: windows.window,
+        stride: windows.stride,
+        skipped: decisions.map(|decisions| decisions.skipped()),
+    })
+}
+
+/// The logarithm of the share softmax gives `token`; NaN for a token outside the vocabulary.
+fn log_likelihood(logits: &ArrayView1<'_, f32>, token: usize) -> f64 {
+    let Some(&own) = logits.get(token) else { return f64::NAN };
+    let highest = logits.iter().fold(f32::NEG_INFINITY, |highest, &v| highest.max(v));
+    let sum: f64 = logits.iter().map(|&v| f64::from((v - highest).exp())).sum();
+    f64::from(own) - f64::from(highest) - sum.ln()
+}
+
+/// Mean per token of windows given as (sum, tokens).
+fn mean(sums: &[(f64, usize)]) -> f64 {
+    let tokens: usize = sums.iter().map(|(_, tokens)| tokens).sum();
+    sums.iter().map(|(sum, _)| sum).sum::<f64>() / tokens as f64
+}
+
+/// Tokens of a window share their context, so windows are the unit: the standard error of a ratio of
+/// sums over them.
+fn standard_error(sums: &[(f64, usize)], mean: f64) -> Option<f64> {
+    let windows = sums.len() as f64;
+    if sums.len() < 2 {
+        return None;
+    }
+    let tokens: usize = sums.iter().map(|(_, tokens)| tokens).sum();
+    let squares: f64 = sums.iter().map(|(sum, tokens)| (sum - mean * *tokens as f64).powi(2)).sum();
+    Some((squares * windows / (windows - 1.0)).sqrt() / tokens as f64)
+}
+
+/// Counts of decisions by kind of module: (skipped, all).
+#[derive(Debug, Default)]
+pub(crate) struct Decisions {
+    attention: (usize, usize),
+    mlp: (usize, usize),
+}
+
+impl Decisions {
+    /// Adds the decisions of a step's real tokens.
+    pub(crate) fn count(&mut self, routing: &Routing, input: &Input) {
+        for (m, id) in routing.modules.iter().enumerate() {
+            let (skipped, all) = match id.kind {
+                ModuleKind::Attention => &mut self.attention,
+                ModuleKind::Mlp => &mut self.mlp,
+            };
+            for (b, s) in ndarray::indices(input.ids.dim()) {
+                if input.is_real(b, s) {
+                    *skipped += usize::from(!routing.keeps(m, b, s));
+                    *all += 1;
+                }
+            }
+        }
+    }
+
+    pub(crate) fn skipped(&self) -> Skipped {
+        let share = |(skipped, all): (usize, usize)| (all > 0).then(|| skipped as f64 / all as f64);
+        let both = (self.attention.0 + self.mlp.0, self.attention.1 + self.mlp.1);
+        Skipped { attention: share(self.attention), mlp: share(self.mlp), all: share(both) }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,56 @@
+//! `x + keep · down(silu(gate(norm(x))) · up(norm(x)))`.
+
+use candle_core::{Result, Tensor};
+
+use super::linear::Linear;
+use super::norm::Norm;
+use super::ops::Kernels;
+use super::router::{Routing, Rows};
+
+/// The feed-forward network.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    /// Over the residual stream.
+    pub norm: Norm,
+    /// Its input projections.
+    pub gate_up: GateUp,
+    /// Back to the residual stream.
+    pub down: Linear,
+    /// Which tokens it runs for.
+    pub routing: Routing,
+}
+
+/// The input projections, as the IR has them.
+#[derive(Debug, Clone)]
+pub enum GateUp {
+    /// Two projections.
+    Separate {
+        /// Passes through `silu`.
+        gate: Linear,
+        /// Multiplies it.
+        up: Linear,
+    },
+    /// One projection, gate above up.
+    Fused(Linear),
+}
+
+impl Mlp {
+    /// The residual stream `[rows, hidden]` after the module.
+    pub fn forward(&self, x: &Tensor, rows: &Rows, kernels: Kernels) -> Result<Tensor> {
+        if matches!(rows, Rows::None) {
+            return Ok(x.clone());
+        }
+        let normed = self.norm.forward(&rows.gather(x)?, kernels)?;
+        let (gate, up) = match &self.gate_up {
+            GateUp::Separate { gate, up } => (gate.forward(&normed)?, up.forward(&normed)?),
+            GateUp::Fused(both) => halves(&both.forward(&normed)?)?,
+        };
+        rows.add(x, &self.down.forward(&(gate.silu()? * up)?)?)
+    }
+}
+
+/// The left and the right half of the columns.
+pub(super) fn halves(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let half = x.dim(1)? / 2;
+    Ok((x.narrow(1, 0, half)?, x.narrow(1, half, half)?))
+}

@@ -1,0 +1,140 @@
+//! What every layer of one step shares: who may attend to whom, and the rotary tables.
+
+use candle_core::{DType, Device, Result, Tensor};
+use skipgpt_passes::ir::ModuleId;
+
+use super::Options;
+use super::ops::Kernels;
+use crate::decoder::{Input, Routing};
+use crate::rope;
+
+/// The tensors made from a step's mask and positions.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// Rows of the batch.
+    pub batch: usize,
+    /// New tokens per row.
+    pub sequence: usize,
+    /// Cosines, `[batch, sequence, head_dim / 2]`.
+    pub cos: Tensor,
+    /// Sines, `[batch, sequence, head_dim / 2]`.
+    pub sin: Tensor,
+    /// Added to the scores, `[batch, 1, groups · sequence, total]`: 0 or −∞; `None` where every new
+    /// token sees every token.
+    pub mask: Option<Tensor>,
+    /// Which form of the operations is used.
+    pub kernels: Kernels,
+    /// Margins that decide in place of the routers' own, `[rows]` each.
+    pub forced: Vec<(ModuleId, Tensor)>,
+}
+
+impl Step {
+    /// The shared tensors of a step whose shapes were checked.
+    pub(super) fn new(
+        input: &Input,
+        frequencies: &[f32],
+        groups: usize,
+        options: &Options,
+        forced: Option<&Routing>,
+    ) -> Result<Self> {
+        let (batch, sequence) = (input.batch(), input.sequence());
+        let (cos, sin) = rope::tables(frequencies, input.positions.iter().copied());
+        let table = |values: Vec<f32>| {
+            Tensor::from_vec(values, (batch, sequence, frequencies.len()), &Device::Cpu)?
+                .to_device(&options.device)?
+                .to_dtype(options.dtype)
+        };
+        Ok(Self {
+            batch,
+            sequence,
+            cos: table(cos)?,
+            sin: table(sin)?,
+            mask: attention_mask(input, groups, &options.device)?,
+            kernels: options.kernels,
+            forced: forced.map_or(Ok(Vec::new()), |routing| margins(routing, &options.device))?,
+        })
+    }
+
+    /// Number of new tokens of all rows.
+    /// The margins that decide for `module` in place of its router's own.
+    pub fn forced(&self, module: ModuleId) -> Option<&Tensor> {
+        self.forced.iter().find(|(id, _)| *id == module).map(|(_, margins)| margins)
+    }
+
+    /// Number of new tokens in all rows of the batch.
+    pub const fn rows(&self) -> usize {
+        self.batch * self.sequence
+    }
+}
+
+/// Each new token sees the real tokens up to itself. A padded one also sees itself: with nothing to
+/// see its softmax would be 0/0, and the NaN would spread through the residual stream.
+///
+/// The query heads that share a key head are stacked along the sequence, hence `groups` copies.
+fn attention_mask(input: &Input, groups: usize, device: &Device) -> Result<Option<Tensor>> {
+    let (batch, sequence, past) = (input.batch(), input.sequence(), input.past());
+    let total = past + sequence;
+    if sequence == 1 && input.mask.iter().all(|&real| real == 1) {
+        return Ok(None);
+    }
+    let mut mask = Vec::with_capacity(batch * groups * sequence * total);
+    for row in input.mask.rows() {
+        let first = mask.len();
+        for own in past..total {
+            mask.extend(row.iter().enumerate().map(|(seen, &real)| {
+                let visible = seen == own || (seen < own && real == 1);
+                if visible { 0.0_f32 } else { f32::NEG_INFINITY }
+            }));
+        }
+        let end = mask.len();
+        for _ in 1..groups {
+            mask.extend_from_within(first..end);
+        }
+    }
+    let mask = Tensor::from_vec(mask, (batch, 1, groups * sequence, total), &Device::Cpu)?;
+    Ok(Some(mask.to_device(device)?.to_dtype(DType::F32)?))
+}
+
+/// Each module's margins on the device, `[rows]`.
+fn margins(routing: &Routing, device: &Device) -> Result<Vec<(ModuleId, Tensor)>> {
+    let modules = routing.modules.iter().zip(routing.margins.outer_iter());
+    modules
+        .map(|(id, margins)| Ok((*id, Tensor::from_iter(margins.iter().copied(), device)?)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use ndarray::array;
+
+    use super::*;
+    use crate::decoder::Logits;
+
+    #[test]
+    fn padding_is_hidden_and_sees_itself() {
+        let input = Input {
+            ids: array![[0, 5]],
+            mask: array![[0, 1, 0, 1]],
+            positions: array![[0, 1]],
+            logits: Logits::All,
+        };
+        let mask = attention_mask(&input, 2, &Device::Cpu).unwrap().unwrap();
+        let (no, yes) = (f32::NEG_INFINITY, 0.0);
+        let rows = [[no, yes, yes, no], [no, yes, no, yes]];
+        assert_eq!(mask.dims(), [1, 1, 4, 4]);
+        assert_eq!(
+            mask.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            [rows.concat(), rows.concat()].concat()
+        );
+    }
+
+    #[test]
+    fn a_decoding_step_without_padding_needs_no_mask() {
+        let mut input = Input::prompts(&[vec![1, 2]], Logits::Last).then(&[3]);
+        assert!(attention_mask(&input, 2, &Device::Cpu).unwrap().is_none());
+        input.mask[[0, 0]] = 0;
+        assert!(attention_mask(&input, 2, &Device::Cpu).unwrap().is_some());
+    }
+}

@@ -1,0 +1,233 @@
+//! Builds a [`Graph`] node by node. Every value has one name, and a node is named after its first
+//! output, so names are unique across branches as long as callers name things after their place.
+
+use skipgpt_passes::ir::{DType, Linear, Weight};
+
+use super::graph::{Attribute, Data, Dim, Element, Graph, Initializer, Node, Value};
+
+/// The domain of ONNX Runtime's own operators.
+pub(super) const MICROSOFT: &str = "com.microsoft";
+
+/// A graph under construction.
+pub(super) struct Builder {
+    /// The dtype of weights, hidden states and caches.
+    pub(super) dtype: DType,
+    nodes: Vec<Node>,
+    initializers: Vec<Initializer>,
+}
+
+/// A value's name.
+pub(super) type Name = String;
+
+impl Builder {
+    pub(super) fn new(dtype: DType) -> Self {
+        Self { dtype, nodes: Vec::new(), initializers: Vec::new() }
+    }
+
+    /// A node with one output, which gives it its name.
+    pub(super) fn op(&mut self, name: &str, op: &'static str, inputs: &[&str]) -> Name {
+        self.op_with(name, op, inputs, vec![])
+    }
+
+    /// As [`Self::op`], with attributes.
+    pub(super) fn op_with(
+        &mut self,
+        name: &str,
+        op: &'static str,
+        inputs: &[&str],
+        attributes: Vec<(&'static str, Attribute)>,
+    ) -> Name {
+        self.node(name, "", op, inputs, &[name], attributes);
+        name.to_owned()
+    }
+
+    /// As [`Self::op_with`], for an operator of ONNX Runtime's own.
+    pub(super) fn microsoft(
+        &mut self,
+        name: &str,
+        op: &'static str,
+        inputs: &[&str],
+        attributes: Vec<(&'static str, Attribute)>,
+    ) -> Name {
+        self.node(name, MICROSOFT, op, inputs, &[name], attributes);
+        name.to_owned()
+    }
+
+    fn node(
+        &mut self,
+        name: &str,
+        domain: &'static str,
+        op: &'static str,
+        inputs: &[&str],
+        outputs: &[&str],
+        attributes: Vec<(&'static str, Attribute)>,
+    ) {
+        self.nodes.push(Node {
+            name: format!("/{name}"),
+            op,
+            domain,
+            inputs: inputs.iter().map(|&input| input.to_owned()).collect(),
+            outputs: outputs.iter().map(|&output| output.to_owned()).collect(),
+            attributes,
+        });
+    }
+
+    /// Equal parts of `value` along `axis`, under the names given.
+    pub(super) fn split<const N: usize>(
+        &mut self,
+        name: &str,
+        value: &str,
+        axis: i64,
+        parts: [&str; N],
+    ) -> [Name; N] {
+        let outputs = parts.map(|part| format!("{name}.{part}"));
+        let names: Vec<&str> = outputs.iter().map(String::as_str).collect();
+        let attributes =
+            vec![("axis", Attribute::Int(axis)), ("num_outputs", Attribute::Int(N as i64))];
+        self.node(&format!("{name}.split"), "", "Split", &[value], &names, attributes);
+        outputs
+    }
+
+    /// `then` if `condition`, which has one element, else `otherwise`; both build one value of
+    /// shape `[tokens, width]`.
+    pub(super) fn branch(
+        &mut self,
+        name: &str,
+        condition: &str,
+        width: usize,
+        then: impl FnOnce(&mut Self) -> Name,
+        otherwise: impl FnOnce(&mut Self) -> Name,
+    ) -> Name {
+        let then = self.body(&format!("{name}.then"), width, then);
+        let otherwise = self.body(&format!("{name}.else"), width, otherwise);
+        let branches = vec![
+            ("else_branch", Attribute::Graph(otherwise)),
+            ("then_branch", Attribute::Graph(then)),
+        ];
+        self.op_with(name, "If", &[condition], branches)
+    }
+
+    fn body(&mut self, name: &str, width: usize, build: impl FnOnce(&mut Self) -> Name) -> Graph {
+        let outer = std::mem::take(&mut self.nodes);
+        let output = build(self);
+        let nodes = std::mem::replace(&mut self.nodes, outer);
+        let shape = vec![Dim::Symbolic("tokens"), Dim::Fixed(width)];
+        let output = Value { name: output, element: Element::Float(self.dtype), shape };
+        Graph { name: name.to_owned(), outputs: vec![output], nodes, ..Graph::default() }
+    }
+
+    /// A constant vector of integers, shared by name. Integers stay inside the model file: ONNX
+    /// Runtime cannot read shapes from external data.
+    pub(super) fn ints(&mut self, name: &str, values: &[i64]) -> Name {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.constant(name, Element::Int64, &[values.len()], bytes)
+    }
+
+    /// A constant integer scalar, shared by name.
+    pub(super) fn int(&mut self, name: &str, value: i64) -> Name {
+        self.constant(name, Element::Int64, &[], value.to_le_bytes().to_vec())
+    }
+
+    /// A constant `f32` tensor, shared by name.
+    pub(super) fn floats(&mut self, name: &str, shape: &[usize], values: &[f32]) -> Name {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.constant(name, Element::Float(DType::F32), shape, bytes)
+    }
+
+    /// Zero in the model's dtype, shared by name.
+    pub(super) fn zero(&mut self, name: &str) -> Name {
+        self.constant(name, Element::Float(self.dtype), &[], vec![0; self.dtype.size()])
+    }
+
+    fn constant(&mut self, name: &str, element: Element, shape: &[usize], bytes: Vec<u8>) -> Name {
+        let constant = Initializer {
+            name: name.to_owned(),
+            element,
+            shape: shape.to_vec(),
+            data: Data::Inline(bytes),
+        };
+        if !self.initializers.contains(&constant) {
+            self.initializers.push(constant);
+        }
+        name.to_owned()
+    }
+
+    /// A weight in the model's dtype.
+    pub(super) fn weight(&mut self, name: &str, weight: &Weight) -> Name {
+        self.weight_as(name, weight, self.dtype)
+    }
+
+    /// A weight in a dtype of its own.
+    pub(super) fn weight_as(&mut self, name: &str, weight: &Weight, dtype: DType) -> Name {
+        self.initializers.push(Initializer {
+            name: name.to_owned(),
+            element: Element::Float(dtype),
+            shape: weight.shape(),
+            data: Data::Weight(weight.clone()),
+        });
+        name.to_owned()
+    }
+
+    /// `x · Wᵀ + bias` for `x` `[tokens, in]`: `[tokens, out]`. The weight keeps the checkpoint's
+    /// `[out, in]`, which `Gemm` takes as it is.
+    pub(super) fn linear(&mut self, name: &str, x: &str, linear: &Linear, dtype: DType) -> Name {
+        let weight = self.weight_as(&format!("{name}.weight"), &linear.weight, dtype);
+        let bias =
+            linear.bias.as_ref().map(|bias| self.weight_as(&format!("{name}.bias"), bias, dtype));
+        self.gemm(name, x, &weight, bias.as_deref())
+    }
+
+    /// `x · Wᵀ + bias` for a weight `[out, in]` that is already in the graph.
+    pub(super) fn gemm(&mut self, name: &str, x: &str, weight: &str, bias: Option<&str>) -> Name {
+        let inputs: Vec<&str> = [x, weight].into_iter().chain(bias).collect();
+        self.op_with(name, "Gemm", &inputs, vec![("transB", Attribute::Int(1))])
+    }
+
+    /// `x / √(mean(x²) + eps) · scale` over the last dimension, in `f32` whatever the model's dtype.
+    ///
+    /// Written out, because the fused operator's only standard form needs opset 23; ONNX Runtime
+    /// fuses this one when it loads the model.
+    pub(super) fn rms_norm(&mut self, name: &str, x: &str, scale: &Weight, eps: f64) -> Name {
+        let scale = self.weight(&format!("{name}.weight"), scale);
+        let two = self.floats("constants.two", &[], &[2.0]);
+        let eps = self.floats("constants.rms_norm_eps", &[], &[eps as f32]);
+        let last = self.ints("constants.last_axis", &[-1]);
+        let x = self.to_f32(&format!("{name}.input"), x);
+        let square = self.op(&format!("{name}.square"), "Pow", &[&x, &two]);
+        let mean = self.op(&format!("{name}.mean"), "ReduceMean", &[&square, &last]);
+        let shifted = self.op(&format!("{name}.shifted"), "Add", &[&mean, &eps]);
+        let root = self.op(&format!("{name}.root"), "Sqrt", &[&shifted]);
+        let unit = self.op(&format!("{name}.unit"), "Div", &[&x, &root]);
+        let unit = self.from_f32(&format!("{name}.rounded"), &unit);
+        self.op(name, "Mul", &[&unit, &scale])
+    }
+
+    /// `x` as `f32`.
+    pub(super) fn to_f32(&mut self, name: &str, x: &str) -> Name {
+        if self.dtype == DType::F32 { x.to_owned() } else { self.cast(name, x, DType::F32) }
+    }
+
+    /// An `f32` value in the model's dtype.
+    pub(super) fn from_f32(&mut self, name: &str, x: &str) -> Name {
+        if self.dtype == DType::F32 { x.to_owned() } else { self.cast(name, x, self.dtype) }
+    }
+
+    pub(super) fn cast(&mut self, name: &str, x: &str, dtype: DType) -> Name {
+        self.cast_to(name, x, Element::Float(dtype))
+    }
+
+    pub(super) fn cast_to(&mut self, name: &str, x: &str, element: Element) -> Name {
+        self.op_with(name, "Cast", &[x], vec![("to", Attribute::Type(element))])
+    }
+
+    /// The finished graph.
+    pub(super) fn finish(self, name: &str, inputs: Vec<Value>, outputs: Vec<Value>) -> Graph {
+        Graph {
+            name: name.to_owned(),
+            inputs,
+            outputs,
+            nodes: self.nodes,
+            initializers: self.initializers,
+        }
+    }
+}

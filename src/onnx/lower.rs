@@ -1,0 +1,186 @@
+//! The whole model as an ONNX graph: inputs, what every layer shares, the layers, the head.
+//!
+//! The hidden state is `[tokens, hidden]`, `tokens = batch · sequence`, so that `Gemm` takes it as
+//! it is and rows can be gathered and scattered.
+
+use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind};
+
+use super::builder::{Builder, Name};
+use super::graph::{Attribute, Dim, Element, Graph, Value};
+use super::routing::{self, Decision};
+use super::{Options, attention, mlp};
+use crate::rope;
+
+/// The name of the output that holds the decisions.
+pub const ROUTING: &str = "routing_margins";
+
+/// Values every layer uses.
+pub(super) struct Shared {
+    /// `[batch, sequence]` as a shape with the rest left open: `[batch, sequence, -1]`.
+    pub(super) batch_sequence: Name,
+    /// Which row of the tables a token reads, `[batch, sequence]`: its own.
+    pub(super) rows: Name,
+    /// Cosines of every token's angles, `[tokens, head_dim / 2]`.
+    pub(super) cos: Name,
+    /// Sines of every token's angles, `[tokens, head_dim / 2]`.
+    pub(super) sin: Name,
+    /// Added to attention scores: 0 where a query may look, `[batch, 1, sequence, total]`.
+    pub(super) bias: Name,
+    /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
+    pub(super) zero_queries: Option<Name>,
+}
+
+/// Lowers a model whose every module says how it is dispatched.
+pub(super) fn lower(model: &Model, options: Options) -> Graph {
+    let config = &model.config;
+    let mut b = Builder::new(options.dtype);
+    let embedding = b.weight("embedding.weight", &model.embedding);
+    let shared = preamble(&mut b, model);
+    let embedded = b.op("embedding", "Gather", &[&embedding, "input_ids"]);
+    let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
+    let mut x = b.op("layers.input", "Reshape", &[&embedded, &flat]);
+
+    let mut decisions = Vec::new();
+    for layer in &model.layers {
+        x = lower_layer(&mut b, &shared, model, layer, x, &mut decisions);
+    }
+
+    let normed = b.rms_norm("norm", &x, &model.norm, config.rms_norm_eps);
+    let head = head_weight(&mut b, model, &embedding);
+    let bias = model.head.bias.as_ref().map(|bias| b.weight("head.bias", bias));
+    let scores = b.gemm("head", &normed, &head, bias.as_deref());
+    let scores = b.to_f32("head.f32", &scores);
+    b.op("logits", "Reshape", &[&scores, &shared.batch_sequence]);
+
+    let mut outputs = vec![Value {
+        name: "logits".into(),
+        element: Element::Float(DType::F32),
+        shape: vec![BATCH, SEQUENCE, Dim::Fixed(config.vocab_size)],
+    }];
+    outputs.extend(caches(model, options.dtype, "present", Dim::Symbolic("total_sequence")));
+    if options.emit_routing && !decisions.is_empty() {
+        outputs.push(emit_routing(&mut b, &decisions));
+    }
+    let mut inputs = token_inputs();
+    inputs.extend(caches(model, options.dtype, "past_key_values", Dim::Symbolic("past_sequence")));
+    b.finish("skipgpt", inputs, outputs)
+}
+
+const BATCH: Dim = Dim::Symbolic("batch");
+const SEQUENCE: Dim = Dim::Symbolic("sequence");
+
+fn token_inputs() -> Vec<Value> {
+    let integers = |name: &str, shape| Value { name: name.into(), element: Element::Int64, shape };
+    vec![
+        integers("input_ids", vec![BATCH, SEQUENCE]),
+        integers("attention_mask", vec![BATCH, Dim::Symbolic("total_sequence")]),
+        integers("position_ids", vec![BATCH, SEQUENCE]),
+    ]
+}
+
+/// The caches of every layer that has attention, under the layer's place in the checkpoint.
+fn caches(model: &Model, dtype: DType, prefix: &str, length: Dim) -> Vec<Value> {
+    let config = &model.config;
+    let shape =
+        vec![BATCH, Dim::Fixed(config.num_key_value_heads), length, Dim::Fixed(config.head_dim)];
+    let cached = model.layers.iter().filter(|layer| layer.attention.is_some());
+    cached
+        .flat_map(|layer| {
+            ["key", "value"].map(|part| Value {
+                name: format!("{prefix}.{}.{part}", layer.index),
+                element: Element::Float(dtype),
+                shape: shape.clone(),
+            })
+        })
+        .collect()
+}
+
+/// The head's weight: the embedding itself where they are tied.
+fn head_weight(b: &mut Builder, model: &Model, embedding: &str) -> Name {
+    if model.head.weight == model.embedding {
+        embedding.to_owned()
+    } else {
+        b.weight("head.weight", &model.head.weight)
+    }
+}
+
+fn preamble(b: &mut Builder, model: &Model) -> Shared {
+    let config = &model.config;
+    let shape = b.op("shapes.ids", "Shape", &["input_ids"]);
+    let open = b.ints("constants.open", &[-1]);
+    let batch_sequence = b.op_with(
+        "shapes.batch_sequence",
+        "Concat",
+        &[&shape, &open],
+        vec![("axis", Attribute::Int(0))],
+    );
+    let zero = b.int("constants.zero", 0);
+    let one = b.int("constants.one", 1);
+    let tokens = b.op("shapes.tokens", "Size", &["input_ids"]);
+    let rows = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
+    let rows = b.op("rope.rows", "Reshape", &[&rows, &shape]);
+
+    let column = b.ints("shapes.column", &[-1, 1]);
+    let positions = b.op("rope.positions", "Reshape", &["position_ids", &column]);
+    let positions = b.cast("rope.positions.f32", &positions, DType::F32);
+    let frequencies = rope::inverse_frequencies(config);
+    let frequencies = b.floats("rope.frequencies", &[1, frequencies.len()], &frequencies);
+    let angles = b.op("rope.angles", "Mul", &[&positions, &frequencies]);
+    let cos = b.op("rope.cos.f32", "Cos", &[&angles]);
+    let sin = b.op("rope.sin.f32", "Sin", &[&angles]);
+    let cos = b.from_f32("rope.cos", &cos);
+    let sin = b.from_f32("rope.sin", &sin);
+
+    let bias = attention::bias(b, &zero, &one);
+    attention::head_shapes(b, config);
+    let attention = model.layers.iter().filter_map(|layer| layer.attention.as_ref());
+    let gathers = attention.map(|attention| routing::gathers(&attention.routing)).any(|g| g);
+    let zero_queries = gathers.then(|| attention::zero_queries(b, config));
+    Shared { batch_sequence, rows, cos, sin, bias, zero_queries }
+}
+
+/// One layer on the residual stream `x` `[tokens, hidden]`.
+fn lower_layer(
+    b: &mut Builder,
+    shared: &Shared,
+    model: &Model,
+    layer: &Layer,
+    x: Name,
+    decisions: &mut Vec<Decision>,
+) -> Name {
+    let config = &model.config;
+    let at = |kind| ModuleId { layer: layer.index, kind };
+    let slots = routing::shared(b, layer, &x);
+    let mut x = x;
+    if let Some(attention) = &layer.attention {
+        let module = at(ModuleKind::Attention);
+        let decision = routing::decide(b, module, &attention.routing, &slots, &x);
+        x = attention::lower(b, shared, config, module, attention, decision.as_ref(), &x);
+        decisions.extend(decision);
+    }
+    if let Some(mlp) = &layer.mlp {
+        let module = at(ModuleKind::Mlp);
+        let decision = routing::decide(b, module, &mlp.routing, &slots, &x);
+        x = mlp::lower(b, config, module, mlp, decision.as_ref(), &x);
+        decisions.extend(decision);
+    }
+    x
+}
+
+/// All margins as one output, `[modules, batch, sequence]`.
+fn emit_routing(b: &mut Builder, decisions: &[Decision]) -> Value {
+    let columns: Vec<Name> = decisions.iter().map(|decision| decision.margin(b)).collect();
+    let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+    let axis = vec![("axis", Attribute::Int(1))];
+    let all = b.op_with("routing.columns", "Concat", &columns, axis);
+    let all = b.op("routing.rows", "Transpose", &[&all]);
+    let count = b.ints("routing.modules", &[columns.len() as i64]);
+    let axis = vec![("axis", Attribute::Int(0))];
+    let shape = b.op_with("routing.shape", "Concat", &[&count, "shapes.ids"], axis);
+    b.op(ROUTING, "Reshape", &[&all, &shape]);
+    Value {
+        name: ROUTING.into(),
+        element: Element::Float(DType::F32),
+        shape: vec![Dim::Fixed(columns.len()), BATCH, SEQUENCE],
+    }
+}

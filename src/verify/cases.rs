@@ -1,0 +1,228 @@
+//! Which tokens are given, in which steps.
+//!
+//! | case | rows | the prompt enters | then |
+//! |---|---|---|---|
+//! | `prefill` | 1 | in one step | – |
+//! | `single-token` | 1 | one token, empty cache | 4 steps |
+//! | `decode` | 1 | in one step | 32 steps on each decoder's own cache |
+//! | `batch` | 2 to 4, padded | in one step | 8 steps |
+//! | `chunked` | 1 | in up to three chunks | 4 steps |
+//! | `chunked-batch` | 2 to 4, padded | in up to three chunks | 4 steps |
+//! | `greedy-N` | 1 | in one step, last logits only | 64 steps on the artifact's own tokens |
+//!
+//! The steps after the prompt feed both decoders the reference's most likely tokens, in `greedy-N`
+//! the artifact's.
+
+use ndarray::s;
+
+use super::Options;
+use crate::decoder::{Input, Logits};
+
+/// Lengths of the prompts that are drawn where none are given.
+const DRAWN: [usize; 3] = [24, 17, 9];
+/// Most rows in a batch.
+const ROWS: usize = 4;
+
+/// One sequence of steps from an empty cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Case {
+    pub(super) name: String,
+    /// The prompt, in chunks.
+    pub(super) prompt: Vec<Input>,
+    pub(super) then: Then,
+}
+
+/// What follows the prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// That many steps, both decoders fed the reference's most likely tokens.
+    Fed(usize),
+    /// That many tokens chosen by the artifact; the reference follows, then writes its own text.
+    Greedy(usize),
+}
+
+/// Every case, in the order they run.
+pub(super) fn cases(prompts: &[Vec<i64>], vocab: usize, options: &Options) -> Vec<Case> {
+    let drawn: Vec<_> =
+        DRAWN.iter().zip(options.seed..).map(|(length, seed)| draw(vocab, seed, *length)).collect();
+    let prompts = if prompts.is_empty() { &drawn } else { prompts };
+    let first = &prompts[0];
+    let long = if first.len() < 2 { &drawn[0] } else { first };
+    let batch = batch(prompts, &drawn);
+
+    let one = |prompt: &Vec<i64>| Input::prompts(std::slice::from_ref(prompt), Logits::All);
+    let case =
+        |name: &str, prompt, steps| Case { name: name.to_owned(), prompt, then: Then::Fed(steps) };
+    let mut cases = vec![
+        case("prefill", vec![one(first)], 0),
+        case("single-token", vec![one(&vec![first[0]])], 4),
+        case("decode", vec![one(first)], options.decode_steps),
+        case("batch", vec![Input::prompts(&batch, Logits::All)], 8),
+        case("chunked", chunks(&one(long)), 4),
+        case("chunked-batch", chunks(&Input::prompts(&batch, Logits::All)), 4),
+    ];
+    cases.extend(prompts.iter().enumerate().map(|(index, prompt)| Case {
+        name: format!("greedy-{}", index + 1),
+        prompt: vec![Input::prompts(std::slice::from_ref(prompt), Logits::Last)],
+        then: Then::Greedy(options.greedy_tokens),
+    }));
+    cases
+}
+
+/// Rows of unequal length, each of two tokens at least: the first few prompts where they are that,
+/// else beginnings of the longest, else what was drawn.
+fn batch(prompts: &[Vec<i64>], drawn: &[Vec<i64>]) -> Vec<Vec<i64>> {
+    let rows: Vec<_> = prompts.iter().filter(|p| p.len() > 1).take(ROWS).cloned().collect();
+    if rows.iter().any(|row| row.len() != rows[0].len()) {
+        return rows;
+    }
+    match rows.first() {
+        Some(row) if row.len() > 2 => {
+            let part = |thirds: usize| row[..(row.len() * thirds).div_ceil(3).max(2)].to_vec();
+            vec![part(3), part(1), part(2)]
+        }
+        _ => drawn.to_vec(),
+    }
+}
+
+/// `input` in up to three chunks. The first is half of it, or more where a row's padding is longer,
+/// so that every row has a real token in it; the others halve the rest.
+fn chunks(input: &Input) -> Vec<Input> {
+    let sequence = input.sequence();
+    let padding = (0..input.batch())
+        .map(|b| (0..sequence).take_while(|&s| !input.is_real(b, s)).count())
+        .max()
+        .unwrap_or_default();
+    let first = sequence.div_ceil(2).max(padding + 1).min(sequence);
+    let second = first + (sequence - first).div_ceil(2);
+    let mut start = 0;
+    let mut chunks = Vec::new();
+    for end in [first, second, sequence] {
+        if start < end {
+            chunks.push(Input {
+                ids: input.ids.slice(s![.., start..end]).to_owned(),
+                mask: input.mask.slice(s![.., ..end]).to_owned(),
+                positions: input.positions.slice(s![.., start..end]).to_owned(),
+                logits: input.logits,
+            });
+            start = end;
+        }
+    }
+    chunks
+}
+
+/// `length` tokens drawn uniformly from a vocabulary of `vocab`: the same for the same seed, on any
+/// machine. The generator is `SplitMix64`.
+pub fn draw(vocab: usize, seed: u64, length: usize) -> Vec<i64> {
+    // Seeds that follow one another must not give sequences that overlap.
+    let mut state = mix(seed.wrapping_add(1));
+    let tokens = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        // The upper half of a product with the count: uniform up to one part in 2^64 / vocab.
+        ((u128::from(mix(state)) * vocab as u128) >> 64) as i64
+    };
+    std::iter::repeat_with(tokens).take(length).collect()
+}
+
+fn mix(state: u64) -> u64 {
+    let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
+    use skipgpt_passes::ir::DType;
+
+    use super::*;
+
+    fn options() -> Options {
+        Options::new("cpu", "1.0", DType::F32)
+    }
+
+    fn named<'a>(cases: &'a [Case], name: &str) -> &'a Case {
+        cases.iter().find(|case| case.name == name).unwrap()
+    }
+
+    /// Every row has a real token in the first chunk, and the chunks are the whole.
+    fn check_chunks(case: &Case, whole: &Input) {
+        assert!(case.prompt.len() >= 2, "{case:?}");
+        let first = &case.prompt[0];
+        for b in 0..first.batch() {
+            assert!(first.is_real(b, first.sequence() - 1), "{case:?}");
+        }
+        let views = |part: fn(&Input) -> &ndarray::Array2<i64>| {
+            let parts: Vec<_> = case.prompt.iter().map(|input| part(input).view()).collect();
+            ndarray::concatenate(ndarray::Axis(1), &parts).unwrap()
+        };
+        assert_eq!(views(|input| &input.ids), whole.ids);
+        assert_eq!(views(|input| &input.positions), whole.positions);
+        assert_eq!(case.prompt.last().unwrap().mask, whole.mask);
+        let mut past = 0;
+        for chunk in &case.prompt {
+            assert_eq!(chunk.past(), past);
+            past += chunk.sequence();
+        }
+    }
+
+    #[test]
+    fn drawn_cases_cover_padding_and_chunks() {
+        let cases = cases(&[], 1000, &options());
+        let names: Vec<_> = cases.iter().map(|case| case.name.as_str()).collect();
+        assert_eq!(
+            names,
+            [
+                "prefill",
+                "single-token",
+                "decode",
+                "batch",
+                "chunked",
+                "chunked-batch",
+                "greedy-1",
+                "greedy-2",
+                "greedy-3"
+            ]
+        );
+        assert_eq!(named(&cases, "decode").then, Then::Fed(32));
+        let batch = &named(&cases, "batch").prompt[0];
+        assert_eq!(batch.ids.dim(), (3, 24));
+        assert!(!batch.is_real(1, 0) && batch.is_real(1, 23));
+        check_chunks(named(&cases, "chunked"), &named(&cases, "prefill").prompt[0]);
+        check_chunks(named(&cases, "chunked-batch"), batch);
+    }
+
+    #[test]
+    fn any_prompts_give_unequal_rows_and_chunks() {
+        let tokens = |n: i64| (0..n).collect::<Vec<_>>();
+        for prompts in [
+            vec![tokens(1)],
+            vec![tokens(2)],
+            vec![tokens(3)],
+            vec![tokens(7), tokens(7)],
+            vec![tokens(1), tokens(5), tokens(2)],
+            vec![tokens(3), tokens(1), tokens(40)],
+        ] {
+            let cases = cases(&prompts, 100, &options());
+            let batch = &named(&cases, "batch").prompt[0];
+            assert!(batch.mask.iter().any(|&real| real == 0), "{prompts:?}");
+            check_chunks(named(&cases, "chunked-batch"), batch);
+            assert!(named(&cases, "chunked").prompt.len() >= 2, "{prompts:?}");
+            assert_eq!(named(&cases, "single-token").prompt[0].ids.dim(), (1, 1));
+            let greedy = cases.iter().filter(|case| case.name.starts_with("greedy"));
+            assert_eq!(greedy.count(), prompts.len());
+        }
+    }
+
+    #[test]
+    fn draws_are_fixed_by_the_seed_and_fill_the_vocabulary() {
+        assert_eq!(draw(49_152, 0, 4), draw(49_152, 0, 4));
+        assert_ne!(draw(49_152, 0, 4), draw(49_152, 1, 4));
+        assert_ne!(draw(49_152, 0, 4)[1..], draw(49_152, 1, 4)[..3], "not one sequence, shifted");
+        let many = draw(10, 7, 1000);
+        for token in 0..10 {
+            let count = many.iter().filter(|&&t| t == token).count();
+            assert!((60..140).contains(&count), "{token} came {count} times");
+        }
+    }
+}

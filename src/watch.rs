@@ -1,0 +1,120 @@
+//! An artifact whose decisions are watched without having been exported as an output.
+//!
+//! Every router's scores are values of the main graph, whatever the dispatch. The model file is
+//! loaded from memory with those values as further outputs; the weights are the artifact's own.
+
+use ndarray::{Array3, ArrayD, Axis};
+use skipgpt_passes::ir::{DType, Model};
+
+use crate::artifact::{self, Artifact, names};
+use crate::decoder::{CacheEntry, Decoder, Input, Output, Routing};
+use crate::onnx::graph::{Dim, Element, Value};
+use crate::onnx::{self, RouterScores, proto};
+use crate::runtime::{self, OnnxDecoder, Runtime, Session, session};
+
+/// Why an artifact could not be watched or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model file is not the one that was exported.
+    #[error(transparent)]
+    Artifact(#[from] artifact::Error),
+    /// The model file could not be given further outputs.
+    #[error(transparent)]
+    Proto(#[from] proto::Error),
+    /// ONNX Runtime does not load it.
+    #[error(transparent)]
+    Session(#[from] session::Error),
+    /// ONNX Runtime does not run it.
+    #[error(transparent)]
+    Run(#[from] runtime::decoder::Error),
+    /// A router's scores have another shape than its tokens and decisions ask for.
+    #[error("{value}: expected scores of shape {expected:?}, found {found:?}")]
+    Scores {
+        /// The value in the graph.
+        value: String,
+        /// `[tokens, 2 · decisions]`.
+        expected: [usize; 2],
+        /// What came out.
+        found: Vec<usize>,
+    },
+}
+
+/// A decoder that reports every decision.
+#[derive(Debug)]
+pub struct Watched {
+    decoder: OnnxDecoder,
+    routers: Vec<RouterScores>,
+}
+
+impl Watched {
+    /// Loads `artifact`, which was lowered from `model`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] if a file was changed, or ONNX Runtime refuses the model.
+    pub fn open(
+        artifact: &Artifact,
+        model: &Model,
+        runtime: &Runtime,
+        options: &session::Options,
+    ) -> Result<Self, Error> {
+        let routers = onnx::router_scores(model);
+        let outputs: Vec<Value> = routers
+            .iter()
+            .map(|router| Value {
+                name: router.value.clone(),
+                element: Element::Float(DType::F32),
+                shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(2 * router.decisions)],
+            })
+            .collect();
+        let bytes = proto::with_outputs(&artifact.read(names::MODEL)?, &outputs)?;
+        let session = Session::from_bytes(runtime, &bytes, &artifact.directory, options)?;
+        let modules = artifact.manifest.routing.routed.clone();
+        Ok(Self { decoder: OnnxDecoder::new(session, modules)?, routers })
+    }
+
+    fn routing(&self, input: &Input, scores: &[ArrayD<f32>]) -> Result<Routing, Error> {
+        let shape = (input.batch(), input.sequence());
+        let tokens = shape.0 * shape.1;
+        let mut modules = Vec::new();
+        let mut margins = Vec::new();
+        for (router, scores) in self.routers.iter().zip(scores) {
+            let (value, expected) = (router.value.clone(), [tokens, 2 * router.decisions]);
+            if scores.shape() != expected {
+                return Err(Error::Scores { value, expected, found: scores.shape().to_vec() });
+            }
+            for (slot, module) in &router.modules {
+                let column = |i| scores.index_axis(Axis(1), i);
+                modules.push(*module);
+                margins.extend(&column(*slot) - &column(router.decisions + slot));
+            }
+        }
+        let shape = (modules.len(), shape.0, shape.1);
+        // Every column above has `tokens` elements.
+        let margins = Array3::from_shape_vec(shape, margins).unwrap_or_default();
+        Ok(Routing { modules, margins })
+    }
+}
+
+impl Decoder for Watched {
+    type Error = Error;
+
+    fn reset(&mut self) {
+        self.decoder.reset();
+    }
+
+    fn step(&mut self, input: &Input) -> Result<Output, Error> {
+        let values: Vec<&str> = self.routers.iter().map(|router| router.value.as_str()).collect();
+        let (output, scores) = self.decoder.step_with(input, &values)?;
+        let routing = Some(self.routing(input, &scores)?);
+        Ok(Output { routing, ..output })
+    }
+
+    fn cache(&self) -> Result<Vec<CacheEntry>, Error> {
+        Ok(self.decoder.cache()?)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.decoder.vocab_size()
+    }
+}
