@@ -1,1 +1,41 @@
-fn main() {}
+//! Parse, run, exit code.
+//!
+//! 0: it holds. 1: it was measured and does not. 2: it could not be done.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use cli::{Cli, Command, Verdict};
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("SKIPGPT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(Cli::parse()) {
+        Ok(Verdict::Holds) => ExitCode::SUCCESS,
+        Ok(Verdict::Fails) => ExitCode::from(1),
+        Err(error) => {
+            use std::io::Write;
+            let _ = writeln!(std::io::stderr().lock(), "error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<Verdict> {
+    cli::screen::catch_interrupts()?;
+    match cli.command {
+        Command::Import(arguments) => cli::import::run(arguments),
+        Command::Profile(arguments) => cli::profile::run(&arguments),
+        Command::Export(arguments) => cli::export::run(&arguments),
+        Command::Verify(arguments) => cli::verify::run(&arguments),
+        Command::Golden(command) => cli::golden::run(&command),
+        Command::Generate(arguments) => cli::generate::run(&arguments),
+        Command::Eval(arguments) => cli::eval::run(&arguments),
+        Command::Inspect(arguments) => cli::inspect::run(&arguments),
+        Command::Doctor(arguments) => cli::doctor::run(&arguments),
+    }
+}

@@ -1,0 +1,268 @@
+//! A graph that ONNX Runtime runs.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use ort::ep;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use serde::Serialize;
+
+use super::locate::{Found, install_command};
+use super::{Runtime, Version};
+
+/// Where the graph runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Provider {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU, device 0. Never replaced by the processor where it is missing.
+    Cuda,
+}
+
+impl Provider {
+    /// What ONNX Runtime calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "CPUExecutionProvider",
+            Self::Cuda => "CUDAExecutionProvider",
+        }
+    }
+}
+
+impl fmt::Display for Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        })
+    }
+}
+
+/// A provider the tool does not know.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a provider; expected cpu or cuda")]
+pub struct UnknownProvider(String);
+
+impl FromStr for Provider {
+    type Err = UnknownProvider;
+
+    fn from_str(text: &str) -> Result<Self, UnknownProvider> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            other => Err(UnknownProvider(other.to_owned())),
+        }
+    }
+}
+
+/// How far ONNX Runtime rewrites the graph before it runs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Optimization {
+    /// Not at all.
+    Off,
+    /// Constants and redundant nodes.
+    Basic,
+    /// Fused operators too.
+    Extended,
+    /// Layouts too.
+    #[default]
+    All,
+}
+
+/// How a session runs.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Where.
+    pub provider: Provider,
+    /// Threads inside an operator; `None` leaves it to ONNX Runtime, which takes one per core.
+    pub threads: Option<usize>,
+    /// How far the graph is rewritten before.
+    pub optimization: Optimization,
+    /// Where to write a profile: a path that ONNX Runtime completes with a time and `.json`.
+    pub profile: Option<PathBuf>,
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The library was built without the provider.
+    #[error(
+        "{}: ONNX Runtime {version} has no {name} (it has {has}); {command}",
+        path.display(), name = provider.name(), has = providers.join(", "),
+        command = install_command(*provider)
+    )]
+    NoProvider {
+        /// The provider asked for.
+        provider: Provider,
+        /// The library.
+        path: PathBuf,
+        /// Its version.
+        version: Version,
+        /// The providers it has.
+        providers: Vec<String>,
+    },
+    /// The library has the provider and the machine does not let it run.
+    #[error("{}: {name} does not start: {source}", path.display(), name = provider.name())]
+    ProviderFailed {
+        /// The provider asked for.
+        provider: Provider,
+        /// The library.
+        path: PathBuf,
+        /// What went wrong.
+        source: ort::Error,
+    },
+    /// An option was refused.
+    #[error("ONNX Runtime refuses the session's options: {0}")]
+    Options(#[source] ort::Error),
+    /// There is no graph there.
+    #[error("{}: there is no such file", path.display())]
+    NoModel {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A folder's name cannot be handed to ONNX Runtime.
+    #[error("{}: the folder of a graph's external data must have a name in UTF-8", path.display())]
+    FolderName {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The graph was refused.
+    #[error("{}: ONNX Runtime does not load the graph: {source}", path.display())]
+    Model {
+        /// The graph, or the folder of one that came from memory.
+        path: PathBuf,
+        /// What went wrong.
+        source: ort::Error,
+    },
+    /// No profile came of it.
+    #[error("ONNX Runtime wrote no profile: {0}")]
+    Profile(#[source] ort::Error),
+}
+
+/// A graph, loaded.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) inner: ort::session::Session,
+    provider: Provider,
+}
+
+impl Session {
+    /// Loads the graph in the file `path`, such as an artifact's `model.onnx`, with its external
+    /// data.
+    pub fn open(runtime: &Runtime, path: &Path, options: &Options) -> Result<Self, Error> {
+        if !path.is_file() {
+            return Err(Error::NoModel { path: path.to_owned() });
+        }
+        let mut builder = builder(runtime, options)?;
+        let inner = builder.commit_from_file(path);
+        Self::opened(inner, path, options)
+    }
+
+    /// Loads the graph in `bytes`, a serialised `ModelProto`, whose external data lies in
+    /// `folder`.
+    pub fn from_bytes(
+        runtime: &Runtime,
+        bytes: &[u8],
+        folder: &Path,
+        options: &Options,
+    ) -> Result<Self, Error> {
+        let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        let name =
+            absolute.to_str().ok_or_else(|| Error::FolderName { path: folder.to_owned() })?;
+        let mut builder = builder(runtime, options)?
+            .with_config_entry("session.model_external_initializers_file_folder_path", name)
+            .map_err(|error| Error::Options(error.into()))?;
+        let inner = builder.commit_from_memory(bytes);
+        Self::opened(inner, folder, options)
+    }
+
+    fn opened(
+        inner: ort::Result<ort::session::Session>,
+        path: &Path,
+        options: &Options,
+    ) -> Result<Self, Error> {
+        match inner {
+            Ok(inner) => Ok(Self { inner, provider: options.provider }),
+            Err(source) => Err(Error::Model { path: path.to_owned(), source }),
+        }
+    }
+
+    /// The provider that was asked for, and runs the graph.
+    pub fn provider(&self) -> Provider {
+        self.provider
+    }
+
+    /// Names of the graph's inputs, in its order.
+    pub fn inputs(&self) -> impl Iterator<Item = &str> {
+        self.inner.inputs().iter().map(ort::value::Outlet::name)
+    }
+
+    /// Names of the graph's outputs, in its order.
+    pub fn outputs(&self) -> impl Iterator<Item = &str> {
+        self.inner.outputs().iter().map(ort::value::Outlet::name)
+    }
+
+    /// Ends the profile that [`Options::profile`] asked for and gives its path.
+    pub fn end_profile(&mut self) -> Result<PathBuf, Error> {
+        self.inner.end_profiling().map(PathBuf::from).map_err(Error::Profile)
+    }
+}
+
+/// Whether `provider` starts on this machine.
+///
+/// # Errors
+///
+/// [`Error::NoProvider`] or [`Error::ProviderFailed`], which name what is missing.
+pub fn try_provider(runtime: &Runtime, provider: Provider) -> Result<(), Error> {
+    builder(runtime, &Options { provider, ..Options::default() }).map(drop)
+}
+
+fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error> {
+    let level = match options.optimization {
+        Optimization::Off => GraphOptimizationLevel::Disable,
+        Optimization::Basic => GraphOptimizationLevel::Level1,
+        Optimization::Extended => GraphOptimizationLevel::Level2,
+        Optimization::All => GraphOptimizationLevel::All,
+    };
+    let refused = |error: ort::Error<SessionBuilder>| Error::Options(error.into());
+    let mut builder = ort::session::Session::builder(&runtime.environment)
+        .map_err(Error::Options)?
+        .with_optimization_level(level)
+        .map_err(refused)?;
+    if let Some(threads) = options.threads {
+        builder = builder.with_intra_threads(threads).map_err(refused)?;
+    }
+    if let Some(profile) = &options.profile {
+        builder = builder.with_profiling(profile).map_err(refused)?;
+    }
+    with_provider(builder, options.provider, runtime.found())
+}
+
+/// Registers `provider`. ONNX Runtime's own providers fall back silently; this does not.
+fn with_provider(
+    builder: SessionBuilder,
+    provider: Provider,
+    found: &Found,
+) -> Result<SessionBuilder, Error> {
+    if !found.providers.iter().any(|name| name == provider.name()) {
+        return Err(Error::NoProvider {
+            provider,
+            path: found.path.clone(),
+            version: found.version,
+            providers: found.providers.clone(),
+        });
+    }
+    match provider {
+        Provider::Cpu => Ok(builder),
+        Provider::Cuda => builder
+            .with_execution_providers([ep::CUDA::default().build().error_on_failure()])
+            .map_err(|error| Error::ProviderFailed {
+                provider,
+                path: found.path.clone(),
+                source: error.into(),
+            }),
+    }
+}

@@ -1,0 +1,63 @@
+//! Between ONNX Runtime's values and arrays.
+
+use ndarray::{Array, ArrayD, Dimension, IxDyn};
+use ort::memory::AllocationDevice;
+use ort::value::{DynTensor, DynTensorValueType, DynValue, Tensor, TensorElementType};
+
+use super::decoder::Error;
+
+/// A value as an `f32` array on the host, whatever its float type and device.
+pub(super) fn to_array(name: &str, value: &DynValue) -> Result<ArrayD<f32>, Error> {
+    let failed = |source| Error::Read { name: name.to_owned(), source };
+    let tensor = value.view().downcast::<DynTensorValueType>().map_err(failed)?;
+    if tensor.memory_info().is_cpu_accessible() {
+        return read(name, &tensor);
+    }
+    read(name, &tensor.to(AllocationDevice::CPU, 0).map_err(failed)?)
+}
+
+fn read(name: &str, tensor: &DynTensor) -> Result<ArrayD<f32>, Error> {
+    let failed = |source| Error::Read { name: name.to_owned(), source };
+    let shape: Vec<usize> = tensor.shape().iter().map(|dim| *dim as usize).collect();
+    let data = match tensor.data_type() {
+        TensorElementType::Float16 => {
+            let (_, data) = tensor.try_extract_tensor::<half::f16>().map_err(failed)?;
+            data.iter().map(|x| x.to_f32()).collect()
+        }
+        TensorElementType::Bfloat16 => {
+            let (_, data) = tensor.try_extract_tensor::<half::bf16>().map_err(failed)?;
+            data.iter().map(|x| x.to_f32()).collect()
+        }
+        _ => tensor.try_extract_tensor::<f32>().map_err(failed)?.1.to_vec(),
+    };
+    let elements = data.len();
+    ArrayD::from_shape_vec(IxDyn(&shape), data).map_err(|_| Error::Shape {
+        name: name.to_owned(),
+        expected: shape,
+        found: vec![elements],
+    })
+}
+
+/// An `f32` array of rank `D`.
+pub(super) fn to_ranked<D: Dimension>(
+    name: &str,
+    value: &DynValue,
+) -> Result<Array<f32, D>, Error> {
+    let array = to_array(name, value)?;
+    let found = array.shape().to_vec();
+    array.into_dimensionality().map_err(|_| Error::Rank {
+        name: name.to_owned(),
+        expected: D::NDIM.unwrap_or_default(),
+        found,
+    })
+}
+
+/// An int64 value that owns a copy of `array`.
+pub(super) fn from_integers<D: Dimension + 'static>(
+    name: &str,
+    array: &Array<i64, D>,
+) -> Result<Tensor<i64>, Error> {
+    let data: Vec<i64> = array.iter().copied().collect();
+    Tensor::from_array((array.shape().to_vec(), data))
+        .map_err(|source| Error::Feed { name: name.to_owned(), source })
+}
