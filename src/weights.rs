@@ -42,7 +42,7 @@ pub enum Error {
 /// The whole weight as row-major `f32`.
 pub fn values(weight: &Weight, sources: &Sources) -> Result<Vec<f32>, Error> {
     let mut out = Vec::with_capacity(weight.len());
-    rows(weight, 0..weight.rows(), sources, &mut out)?;
+    window(weight, 0..weight.rows(), 0..weight.columns(), sources, &mut out)?;
     Ok(out)
 }
 
@@ -57,13 +57,16 @@ pub fn write(
     sources: &Sources,
     sink: &mut impl io::Write,
 ) -> Result<(), Error> {
+    if let Some(segments) = raw::segments(weight, dtype) {
+        return raw::write(weight, segments, dtype, sources, sink);
+    }
     let (total, columns) = (weight.rows(), weight.columns());
     let step = (BLOCK / 4 / columns.max(1)).max(1);
     let (mut block, mut bytes) = (Vec::new(), Vec::new());
     for start in (0..total).step_by(step) {
         block.clear();
         bytes.clear();
-        rows(weight, start..(start + step).min(total), sources, &mut block)?;
+        window(weight, start..(start + step).min(total), 0..columns, sources, &mut block)?;
         if dtype != DType::F32 {
             round(&mut block, dtype);
         }
@@ -103,115 +106,144 @@ fn describe(weight: &Weight) -> String {
     names.join(" + ")
 }
 
-/// Appends rows `range` of the weight to `out`.
-fn rows(
+/// Appends the elements in `rows` and `columns` of the weight to `out`, row by row.
+///
+/// No expression evaluates more of its operands than the window shows, so a weight read in
+/// windows is computed once, whichever way the windows cut it.
+fn window(
     weight: &Weight,
-    range: Range<usize>,
+    rows: Range<usize>,
+    columns: Range<usize>,
     sources: &Sources,
     out: &mut Vec<f32>,
 ) -> Result<(), Error> {
     match weight {
-        Weight::Stored(stored) => stored_rows(stored, range, sources, out),
+        Weight::Stored(stored) => stored_window(stored, rows, columns, sources, out),
         Weight::Merged { base, lora } => {
             let start = out.len();
-            rows(base, range.clone(), sources, out)?;
-            add_lora(&mut out[start..], base.columns(), range, lora, sources)
+            window(base, rows.clone(), columns.clone(), sources, out)?;
+            add_lora(&mut out[start..], rows, columns, lora, sources)
         }
         Weight::Concat(parts) => {
             let mut first = 0;
             for part in parts {
-                let (start, end) = (range.start.max(first), range.end.min(first + part.rows()));
-                if start < end {
-                    rows(part, start - first..end - first, sources, out)?;
+                if let Some(own) = overlap(&rows, first, part.rows()) {
+                    window(part, own, columns.clone(), sources, out)?;
                 }
                 first += part.rows();
             }
             Ok(())
         }
         Weight::Slice { of, rows: slice } => {
-            rows(of, slice.start + range.start..slice.start + range.end, sources, out)
+            window(of, slice.start + rows.start..slice.start + rows.end, columns, sources, out)
         }
         Weight::BlockDiagonal(parts) => {
-            let columns = weight.columns();
             let (mut first, mut left) = (0, 0);
             for part in parts {
-                let (start, end) = (range.start.max(first), range.end.min(first + part.rows()));
-                let width = part.columns();
-                for row in start..end {
-                    out.extend(std::iter::repeat_n(0.0, left));
-                    rows(part, row - first..row - first + 1, sources, out)?;
-                    out.extend(std::iter::repeat_n(0.0, columns - left - width));
+                let (height, width) = (part.rows(), part.columns());
+                for row in overlap(&rows, first, height).unwrap_or_default() {
+                    let end = out.len() + columns.len();
+                    if let Some(own) = overlap(&columns, left, width) {
+                        let before = left + own.start - columns.start;
+                        out.resize(out.len() + before, 0.0);
+                        window(part, row..row + 1, own, sources, out)?;
+                    }
+                    out.resize(end, 0.0);
                 }
-                first += part.rows();
+                first += height;
                 left += width;
             }
             Ok(())
         }
-        Weight::Transpose(of) => transposed_rows(of, range, sources, out),
+        Weight::Transpose(of) => {
+            let (height, width) = (columns.len(), rows.len());
+            let mut block = Vec::with_capacity(height * width);
+            window(of, columns, rows, sources, &mut block)?;
+            transpose(&block, height, width, out);
+            Ok(())
+        }
         Weight::Cast { of, dtype } => {
             let start = out.len();
-            rows(of, range, sources, out)?;
+            window(of, rows, columns, sources, out)?;
             round(&mut out[start..], *dtype);
             Ok(())
         }
     }
 }
 
-fn stored_rows(
+/// The part of `range` that falls on `length` elements from `first` on, counted from `first`.
+fn overlap(range: &Range<usize>, first: usize, length: usize) -> Option<Range<usize>> {
+    let (start, end) = (range.start.max(first), range.end.min(first + length));
+    (start < end).then(|| start - first..end - first)
+}
+
+fn stored_window(
     stored: &Stored,
-    range: Range<usize>,
+    rows: Range<usize>,
+    columns: Range<usize>,
     sources: &Sources,
     out: &mut Vec<f32>,
 ) -> Result<(), Error> {
-    let columns: usize = stored.shape.iter().skip(1).product();
-    let row = columns * stored.dtype.size();
-    let mut bytes = vec![0; range.len() * row];
-    sources.read_at(&stored.name, (range.start * row) as u64, &mut bytes)?;
+    let mut bytes = vec![0; rows.len() * columns.len() * stored.dtype.size()];
+    read_window(stored, rows, columns, sources, &mut bytes)?;
     sources::decode(&bytes, stored.dtype, out);
     Ok(())
 }
 
-/// Columns `range` of `of`, one after the other, from row blocks of `of`.
-fn transposed_rows(
-    of: &Weight,
-    range: Range<usize>,
+/// Fills `bytes` with a window of a tensor: one read if it spans the rows, else one per row.
+fn read_window(
+    stored: &Stored,
+    rows: Range<usize>,
+    columns: Range<usize>,
     sources: &Sources,
-    out: &mut Vec<f32>,
+    bytes: &mut [u8],
 ) -> Result<(), Error> {
-    let (height, width) = (of.rows(), of.columns());
-    let start = out.len();
-    out.resize(start + range.len() * height, 0.0);
-    let out = &mut out[start..];
-    let step = (BLOCK / 4 / width.max(1)).max(1);
-    let mut block = Vec::new();
-    for first in (0..height).step_by(step) {
-        block.clear();
-        rows(of, first..(first + step).min(height), sources, &mut block)?;
-        for (row, values) in block.chunks_exact(width).enumerate() {
-            for (column, value) in values[range.clone()].iter().enumerate() {
-                out[column * height + first + row] = *value;
-            }
-        }
+    let width: usize = stored.shape.iter().skip(1).product();
+    let size = stored.dtype.size();
+    let place = |row: usize, column: usize| ((row * width + column) * size) as u64;
+    if columns == (0..width) {
+        return Ok(sources.read_at(&stored.name, place(rows.start, 0), bytes)?);
+    }
+    for (row, bytes) in rows.zip(bytes.chunks_exact_mut(columns.len() * size)) {
+        sources.read_at(&stored.name, place(row, columns.start), bytes)?;
     }
     Ok(())
 }
 
-/// Adds rows `range` of `scale · B · A` to `out`, summed over the rank in order.
+/// Appends the transpose of `block` `[height, width]` to `out`, in tiles that fit the cache.
+fn transpose(block: &[f32], height: usize, width: usize, out: &mut Vec<f32>) {
+    const TILE: usize = 32;
+    let start = out.len();
+    out.resize(start + block.len(), 0.0);
+    let out = &mut out[start..];
+    for top in (0..height).step_by(TILE) {
+        for left in (0..width).step_by(TILE) {
+            for column in left..(left + TILE).min(width) {
+                for row in top..(top + TILE).min(height) {
+                    out[column * height + row] = block[row * width + column];
+                }
+            }
+        }
+    }
+}
+
+/// Adds a window of `scale · B · A` to `out`, summed over the rank in order.
 fn add_lora(
     out: &mut [f32],
-    columns: usize,
-    range: Range<usize>,
+    rows: Range<usize>,
+    columns: Range<usize>,
     lora: &Lora,
     sources: &Sources,
 ) -> Result<(), Error> {
     let rank = lora.down.shape.first().copied().unwrap_or_default();
+    let width = columns.len();
     let (mut down, mut up) = (Vec::new(), Vec::new());
-    stored_rows(&lora.down, 0..rank, sources, &mut down)?;
-    stored_rows(&lora.up, range, sources, &mut up)?;
-    let mut sum = vec![0.0_f32; columns];
-    for (row, factors) in out.chunks_exact_mut(columns).zip(up.chunks_exact(rank)) {
+    stored_window(&lora.down, 0..rank, columns, sources, &mut down)?;
+    stored_window(&lora.up, rows, 0..rank, sources, &mut up)?;
+    let mut sum = vec![0.0_f32; width];
+    for (row, factors) in out.chunks_exact_mut(width).zip(up.chunks_exact(rank)) {
         sum.fill(0.0);
-        for (factor, direction) in factors.iter().zip(down.chunks_exact(columns)) {
+        for (factor, direction) in factors.iter().zip(down.chunks_exact(width)) {
             for (sum, value) in sum.iter_mut().zip(direction) {
                 *sum += factor * value;
             }
@@ -223,5 +255,6 @@ fn add_lora(
     Ok(())
 }
 
+mod raw;
 #[cfg(test)]
 mod tests;

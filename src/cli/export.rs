@@ -1,0 +1,215 @@
+//! `export`: a checkpoint, its routers and its adapter become an artifact.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use skipgpt_export::artifact::{self, manifest};
+use skipgpt_export::checkpoint::Checkpoint;
+use skipgpt_export::profile::Profile;
+use skipgpt_export::{inspect, onnx, plan};
+use skipgpt_passes::ir::{DType, Dispatch, Model};
+use skipgpt_passes::plan::Plan;
+use skipgpt_passes::{PASSES, Pass, registry, validate};
+
+use super::{CheckpointArguments, ReportArguments, Verdict, screen, sources};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    checkpoint: CheckpointArguments,
+    /// The artifact directory to create
+    #[arg(short, long, value_name = "ARTIFACT", required_unless_present_any = ["dry_run", "stop_after"])]
+    output: Option<PathBuf>,
+    /// How routed modules skip
+    #[arg(long, value_enum, default_value_t = DispatchArgument::Conditional)]
+    dispatch: DispatchArgument,
+    /// Keep rates that `profile` measured
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// Remove modules kept for at most this share of tokens (needs --profile)
+    #[arg(long, value_name = "SHARE")]
+    prune_below: Option<f64>,
+    /// Take the router from modules kept for at least this share of tokens (needs --profile)
+    #[arg(long, value_name = "SHARE")]
+    always_above: Option<f64>,
+    /// Apply the plan of this file (a plan, or another artifact's manifest) in place of the options
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "profile", "prune_below", "always_above"])]
+    plan: Option<PathBuf>,
+    /// Write the weights, or share the checkpoint's own file where nothing changes
+    #[arg(long, value_enum, default_value_t = WeightsArgument::Copy)]
+    weights: WeightsArgument,
+    /// Give the decisions as an output, `routing_margins`
+    #[arg(long)]
+    emit_routing: bool,
+    /// Print the IR after this pass
+    #[arg(long, value_name = "PASS")]
+    print_after: Option<String>,
+    /// Write the IR after every pass into this directory
+    #[arg(long, value_name = "DIR")]
+    dump_ir: Option<PathBuf>,
+    /// Print the IR after this pass and stop
+    #[arg(long, value_name = "PASS")]
+    stop_after: Option<String>,
+    /// Read, check and plan everything, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Replace an earlier artifact
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    report: ReportArguments,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DispatchArgument {
+    /// Everything is computed and multiplied by the decision
+    Masked,
+    /// Kept rows are gathered, computed and scattered back
+    Gathered,
+    /// As gathered, and nothing runs where no token is kept
+    Conditional,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WeightsArgument {
+    /// Into the artifact's own file
+    Copy,
+    /// The checkpoint's safetensors file, hard-linked
+    Link,
+}
+
+impl From<DispatchArgument> for Dispatch {
+    fn from(argument: DispatchArgument) -> Self {
+        match argument {
+            DispatchArgument::Masked => Self::Masked,
+            DispatchArgument::Gathered => Self::Gathered,
+            DispatchArgument::Conditional => Self::Conditional,
+        }
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
+    let start = Instant::now();
+    let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
+    let plan = planned(arguments, &checkpoint)?;
+    let passes = match &arguments.stop_after {
+        Some(name) => registry::through(name)?,
+        None => PASSES,
+    };
+    let model = lower(arguments, &checkpoint, &plan, passes)?;
+    if arguments.stop_after.is_some() {
+        screen::print(&model.to_string())?;
+        return Ok(Verdict::Holds);
+    }
+    let options = onnx::Options { dtype: DType::F32, emit_routing: arguments.emit_routing };
+    let graph = onnx::lower(validate(&model)?, options)?;
+    let names: Vec<&str> = passes.iter().map(|pass| pass.name()).collect();
+    let Some(output) = arguments.output.as_deref().filter(|_| !arguments.dry_run) else {
+        let report = inspect::Report::of_model(&model, Some(&plan), &names);
+        screen::report(&report, &arguments.report)?;
+        return Ok(Verdict::Holds);
+    };
+
+    let request = artifact::Request {
+        output,
+        force: arguments.force,
+        model: &model,
+        graph: &graph,
+        checkpoint: &checkpoint,
+        plan: &plan,
+        passes: &names,
+        options: recorded(arguments),
+        min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
+    };
+    let bar = screen::bytes("writing");
+    artifact::write(&request, &mut |progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+        screen::go_on()
+    })?;
+    bar.finish_and_clear();
+    let report = inspect::Report::of_artifact(&artifact::open(output)?);
+    screen::report(&report, &arguments.report)?;
+    let seconds = start.elapsed().as_secs_f64();
+    screen::note(format_args!("{}: exported in {seconds:.1} s", output.display()));
+    Ok(Verdict::Holds)
+}
+
+fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
+    let link = arguments.weights == WeightsArgument::Link;
+    if let Some(path) = &arguments.plan {
+        return Ok(artifact::manifest::read_plan(path)?);
+    }
+    let profile = arguments.profile.as_deref().map(read_profile).transpose()?;
+    let choices = plan::Choices {
+        dispatch: arguments.dispatch.into(),
+        rearrange: !link,
+        prune_below: arguments.prune_below,
+        always_above: arguments.always_above,
+    };
+    Ok(plan::build(&checkpoint.model.config, choices, profile.as_ref())?)
+}
+
+fn read_profile(path: &Path) -> Result<Profile> {
+    Profile::read(path).with_context(|| format!("{}: cannot be used", path.display()))
+}
+
+/// Runs the passes, showing the IR where that was asked for.
+fn lower(
+    arguments: &Arguments,
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    passes: &[&dyn Pass],
+) -> Result<Model> {
+    if let Some(name) = &arguments.print_after
+        && !passes.iter().any(|pass| pass.name() == name)
+    {
+        registry::find(name)?;
+        bail!("--print-after {name}: that pass does not run before --stop-after");
+    }
+    let mut model = checkpoint.model.clone();
+    let mut number = 0;
+    let mut shown = Ok(());
+    skipgpt_passes::run(passes, &mut model, plan, |pass, model| {
+        number += 1;
+        let asked = arguments.print_after.as_deref() == Some(pass.name());
+        if shown.is_ok() {
+            shown = show(arguments.dump_ir.as_deref(), asked, number, pass.name(), model);
+        }
+    })?;
+    shown?;
+    Ok(model)
+}
+
+fn show(dump: Option<&Path>, print: bool, number: usize, pass: &str, model: &Model) -> Result<()> {
+    if print {
+        screen::print(&model.to_string())?;
+    }
+    if let Some(directory) = dump {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("{}: cannot be created", directory.display()))?;
+        let path = directory.join(format!("{number:02}-{pass}.ir"));
+        std::fs::write(&path, model.to_string())
+            .with_context(|| format!("{}: cannot be written", path.display()))?;
+    }
+    Ok(())
+}
+
+/// What the manifest says was asked for.
+fn recorded(arguments: &Arguments) -> manifest::Options {
+    let planned = arguments.plan.is_some();
+    manifest::Options {
+        format: manifest::Format::Onnx,
+        dtype: DType::F32,
+        weights: match arguments.weights {
+            WeightsArgument::Copy => manifest::Weights::Copy,
+            WeightsArgument::Link => manifest::Weights::Link,
+        },
+        dispatch: (!planned).then(|| arguments.dispatch.into()),
+        emit_routing: arguments.emit_routing,
+        prune_below: arguments.prune_below,
+        always_above: arguments.always_above,
+    }
+}

@@ -1,0 +1,80 @@
+//! `verify`: does the artifact compute what the checkpoint it was made from computes?
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use skipgpt_export::text::Tokenizer;
+use skipgpt_export::verify;
+use skipgpt_export::watch::Watched;
+use skipgpt_passes::prune_modules;
+
+use super::{CheckpointArguments, ReportArguments, RuntimeArguments, Verdict, screen, sources};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The artifact to verify
+    artifact: PathBuf,
+    #[command(flatten)]
+    checkpoint: CheckpointArguments,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
+    /// Prompts to compare on, one a line, in place of drawn tokens
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Which tokens are drawn where no prompts are given
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Steps of one token on the artifact's own cache
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    decode_steps: usize,
+    /// Tokens each side writes on its own
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    greedy_tokens: usize,
+    #[command(flatten)]
+    report: ReportArguments,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
+    let artifact = sources::artifact(&arguments.artifact)?;
+    let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
+    let plan = &artifact.manifest.plan;
+
+    let mut lowered = checkpoint.model.clone();
+    skipgpt_passes::run(skipgpt_passes::PASSES, &mut lowered, plan, |_, _| ())
+        .context("the artifact's plan does not fit this checkpoint")?;
+    let runtime = sources::runtime(&arguments.runtime, &artifact)?;
+    let session = sources::session_options(&arguments.runtime);
+    let mut watched = Watched::open(&artifact, &lowered, &runtime, &session)?;
+
+    // The reference runs what was imported, adapter unmerged; only removals are the plan's.
+    let mut imported = checkpoint.model.clone();
+    prune_modules::prune(&mut imported, plan)?;
+    let checkpoint = skipgpt_export::checkpoint::Checkpoint { model: imported, ..checkpoint };
+    let mut reference = sources::reference(&checkpoint)?;
+
+    let prompts = match &arguments.prompts {
+        Some(path) => sources::prompts(&Tokenizer::open(&arguments.artifact)?, path)?,
+        None => Vec::new(),
+    };
+    let options = verify::Options {
+        seed: arguments.seed,
+        decode_steps: arguments.decode_steps,
+        greedy_tokens: arguments.greedy_tokens,
+        ..verify::Options::new(
+            session.provider.name(),
+            &runtime.found().version.to_string(),
+            artifact.manifest.options.dtype,
+        )
+    };
+    let bar = screen::count("verifying");
+    let report =
+        verify::run(&mut reference, &mut watched, &prompts, &options, &mut |progress| {
+            bar.set_length(progress.cases as u64);
+            bar.set_position(progress.case as u64);
+            bar.set_message(progress.name.to_owned());
+        })?;
+    bar.finish_and_clear();
+    screen::report(&report, &arguments.report)?;
+    Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
+}
