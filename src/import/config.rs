@@ -164,7 +164,11 @@ impl Config {
         for name in ["attention.value_length", "rope.dimension_count"] {
             match metadata.count(&key(name))? {
                 Some(width) if width != head_dim => {
-                    return Err(unsupported(key(name), width, format!("the head width {head_dim}")));
+                    return Err(unsupported(
+                        key(name),
+                        width,
+                        format!("the head width {head_dim}"),
+                    ));
                 }
                 _ => {}
             }
@@ -282,7 +286,8 @@ fn eos_json(eos: &[usize]) -> Value {
     }
 }
 
-fn dtype_name(dtype: DType) -> &'static str {
+/// The dtype's name in `config.json`.
+pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "float32",
         DType::F16 => "float16",

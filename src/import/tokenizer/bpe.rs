@@ -50,20 +50,13 @@ const CASED_LETTERS: &str = concat!(
 const CJK: &str = "[一-龥ࠀ-一가-퟿]+";
 
 const DIGIT: &str = r"\p{N}";
-const GPT2: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 /// Every pre-tokenizer that is known.
 const PRE: &[Pre] = &[
     Pre { names: &["gpt-2"], gpt2: true, ..PLAIN },
     Pre { names: &["smollm", "starcoder", "refact"], digits: true, gpt2: true, ..PLAIN },
-    Pre {
-        names: &["command-r"],
-        compose: true,
-        digits: true,
-        gpt2: true,
-        ..PLAIN
-    },
+    Pre { names: &["command-r"], compose: true, digits: true, gpt2: true, ..PLAIN },
     Pre {
         names: &["llama-bpe", "llama-v3", "llama3"],
         splits: &[
@@ -169,10 +162,9 @@ fn merges<'a>(
     vocabulary: &Vocabulary,
 ) -> Result<Vec<(&'a str, &'a str)>, Error> {
     let key = "tokenizer.ggml.merges";
-    let merges = metadata.strings(key)?.ok_or(metadata::Error::Missing {
-        key: key.into(),
-        expected: "an array of strings",
-    })?;
+    let merges = metadata
+        .strings(key)?
+        .ok_or(metadata::Error::Missing { key: key.into(), expected: "an array of strings" })?;
     let known = |text: &str| vocabulary.ids.contains_key(text);
     merges
         .iter()

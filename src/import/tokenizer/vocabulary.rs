@@ -52,10 +52,9 @@ impl Vocabulary {
     /// Reads the metadata.
     pub fn read(metadata: Metadata<'_>) -> Result<Self, Error> {
         let key = "tokenizer.ggml.tokens";
-        let tokens = metadata.strings(key)?.ok_or(metadata::Error::Missing {
-            key: key.into(),
-            expected: "an array of strings",
-        })?;
+        let tokens = metadata
+            .strings(key)?
+            .ok_or(metadata::Error::Missing { key: key.into(), expected: "an array of strings" })?;
         let mut ids = HashMap::with_capacity(tokens.len());
         for (second, text) in tokens.iter().enumerate() {
             if let Some(first) = ids.insert(text.clone(), second) {
@@ -65,9 +64,7 @@ impl Vocabulary {
         let id = |name: &str| -> Result<Option<usize>, Error> {
             let key = format!("tokenizer.ggml.{name}_token_id");
             match metadata.count(&key)? {
-                Some(id) if id >= tokens.len() => {
-                    Err(Error::Id { key, id, tokens: tokens.len() })
-                }
+                Some(id) if id >= tokens.len() => Err(Error::Id { key, id, tokens: tokens.len() }),
                 id => Ok(id),
             }
         };
