@@ -4,6 +4,7 @@
 //! MODEL.gguf ── gguf (header) ──▶ config, names, rope ──▶ config.json, generation_config.json
 //!                  │          └─▶ tokenizer ──▶ tokenizer.json, tokenizer_config.json, …
 //!                  └─ quantized ─▶ weights ──▶ model.safetensors, a few rows at a time
+//! model.pth + config.json ── pth ─▶ the same, and router.safetensors
 //! ```
 //!
 //! Whatever would make the directory compute something else than the file is refused by name.
@@ -13,19 +14,25 @@ pub mod directory;
 pub mod gguf;
 pub mod metadata;
 pub mod names;
+pub mod pth;
 pub mod quantized;
 pub mod rope;
 pub mod tokenizer;
 pub mod weights;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use skipgpt_passes::ir::DType;
 
 use config::{Config, WeightFacts};
 use directory::Staged;
 use gguf::Gguf;
 use metadata::Metadata;
+use weights::Entry;
+
+use crate::checkpoint;
 
 /// What to import, and how.
 #[derive(Debug, Clone)]
@@ -38,43 +45,78 @@ pub struct Options {
     pub force: bool,
     /// How weights are written.
     pub dtype: DType,
+    /// The `config.json` of a `.pth` file, which states none.
+    pub config: Option<PathBuf>,
 }
 
 impl Options {
     /// From `input` to a new directory `output`, weights as `f32`.
     pub fn new(input: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
-        Self { input: input.into(), output: output.into(), force: false, dtype: DType::F32 }
+        Self {
+            input: input.into(),
+            output: output.into(),
+            force: false,
+            dtype: DType::F32,
+            config: None,
+        }
     }
 }
 
 /// What was written.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// The checkpoint directory.
     pub output: PathBuf,
     /// Its `model_type`.
     pub architecture: String,
-    /// Number of tensors.
+    /// Number of base tensors.
     pub tensors: usize,
-    /// Number of weights.
+    /// Number of base weights.
     pub parameters: u64,
-    /// Bytes of all tensors.
+    /// Bytes of all tensors written.
     pub bytes: u64,
+    /// Number of tensors in `router.safetensors`.
+    pub router_tensors: usize,
+    /// Number of adapter tensors that stay in the input.
+    pub adapter_tensors: usize,
     /// The files, relative to the directory.
     pub files: Vec<String>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { output, architecture, tensors, router_tensors, adapter_tensors, .. } = self;
+        let (millions, megabytes) = (self.parameters as f64 / 1e6, self.bytes as f64 / 1e6);
+        write!(
+            f,
+            "{}: {architecture}, {millions:.1} M weights in {tensors} tensors, {megabytes:.1} MB",
+            output.display()
+        )?;
+        if *router_tensors > 0 {
+            write!(f, "\nrouters: {router_tensors} tensors in {}", pth::ROUTER)?;
+        }
+        if *adapter_tensors > 0 {
+            write!(
+                f,
+                "\nadapters: {adapter_tensors} tensors stay in the input; \
+                 give it to --adapter, with --lora-alpha"
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// Why nothing was imported. The output is then as it was before.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The input is no format that is read.
-    #[error("{path}: expected a .gguf file")]
+    #[error("{}: expected a file called *.gguf, *.pth or *.pt", path.display())]
     Format {
         /// The input.
         path: PathBuf,
     },
     /// The header does not hold together, or the file cannot be read.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", path.display())]
     Gguf {
         /// The input.
         path: PathBuf,
@@ -82,7 +124,7 @@ pub enum Error {
         source: gguf::Error,
     },
     /// The model is not one that can be imported.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", path.display())]
     Config {
         /// The input.
         path: PathBuf,
@@ -90,7 +132,7 @@ pub enum Error {
         source: config::Error,
     },
     /// The tensors are not those of the model.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", path.display())]
     Names {
         /// The input.
         path: PathBuf,
@@ -99,9 +141,8 @@ pub enum Error {
     },
     /// Rotary divisors that no known scaling gives.
     #[error(
-        "{path}: the tensor {:?} holds divisors that no llama3 rope scaling gives; \
-         config.json could not state them",
-        names::ROPE_FREQS
+        "{}: the tensor {:?} holds divisors that no llama3 rope scaling gives; \
+         config.json could not state them", path.display(), names::ROPE_FREQS
     )]
     RopeFreqs {
         /// The input.
@@ -109,8 +150,8 @@ pub enum Error {
     },
     /// Rotary divisors of another number than the heads have pairs.
     #[error(
-        "{path}: the tensor {:?} has shape {found:?}; heads of width {head_dim} need [{}]",
-        names::ROPE_FREQS, head_dim / 2
+        "{}: the tensor {:?} has shape {found:?}; heads of width {head_dim} need [{}]",
+        path.display(), names::ROPE_FREQS, head_dim / 2
     )]
     RopeShape {
         /// The input.
@@ -122,15 +163,15 @@ pub enum Error {
     },
     /// Rotary divisors and another scaling.
     #[error(
-        "{path}: both the tensor {:?} and rope.scaling.* stretch the rotary frequencies",
-        names::ROPE_FREQS
+        "{}: both the tensor {:?} and rope.scaling.* stretch the rotary frequencies",
+        path.display(), names::ROPE_FREQS
     )]
     RopeTwice {
         /// The input.
         path: PathBuf,
     },
     /// The tokenizer cannot be rebuilt.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", path.display())]
     Tokenizer {
         /// The input.
         path: PathBuf,
@@ -138,12 +179,23 @@ pub enum Error {
         source: tokenizer::Error,
     },
     /// A tensor could not be read or written.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", path.display())]
     Weights {
         /// The input.
         path: PathBuf,
         /// What is wrong.
         source: weights::Error,
+    },
+    /// The `.pth` file or its configuration is not what it should be.
+    #[error(transparent)]
+    Pth(#[from] pth::Error),
+    /// What was written is no checkpoint that can be exported.
+    #[error("{}: the checkpoint made of it is not whole: {source}", path.display())]
+    Checkpoint {
+        /// The input.
+        path: PathBuf,
+        /// What the checkpoint reader said.
+        source: Box<checkpoint::Error>,
     },
     /// The output could not be made.
     #[error(transparent)]
@@ -161,6 +213,7 @@ pub fn import(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<R
     let extension = options.input.extension().and_then(|extension| extension.to_str());
     match extension.map(str::to_ascii_lowercase).as_deref() {
         Some("gguf") => import_gguf(options, progress),
+        Some("pth" | "pt") => pth::import(options, progress),
         _ => Err(Error::Format { path: options.input.clone() }),
     }
 }
@@ -185,7 +238,7 @@ fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<
         mlp_bias: jobs.mlp_bias,
         dtype: options.dtype,
     };
-    let total = weights::total_bytes(&jobs.jobs, options.dtype);
+    let total = weights::entries(&jobs.jobs, options.dtype).iter().map(Entry::bytes).sum();
     let mut files = vec![
         ("config.json".into(), format!("{:#}\n", config.to_json(&facts, &tokenizer.ids))),
         (
@@ -208,7 +261,7 @@ fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<
     })
     .map_err(|source| Error::Weights { path: path(), source })?;
     staged.close(name, out)?;
-    staged.finish()?;
+    finish(staged, options, None)?;
 
     Ok(Report {
         output: options.output.clone(),
@@ -216,8 +269,25 @@ fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<
         tensors: jobs.jobs.len(),
         parameters: total / options.dtype.size() as u64,
         bytes: total,
+        router_tensors: 0,
+        adapter_tensors: 0,
         files: files.into_iter().map(|(name, _)| name).chain([name.to_owned()]).collect(),
     })
+}
+
+/// Reads back what was written, as an export would, and puts it in its place.
+fn finish(staged: Staged, options: &Options, router: Option<&str>) -> Result<(), Error> {
+    let router = router.map(|name| staged.path().join(name));
+    checkpoint::read(&checkpoint::Request {
+        model: Some(staged.path()),
+        router: router.as_deref(),
+        ..checkpoint::Request::default()
+    })
+    .map_err(|source| Error::Checkpoint {
+        path: options.input.clone(),
+        source: Box::new(source),
+    })?;
+    Ok(staged.finish()?)
 }
 
 /// Turns a table of rotary divisors into the configuration that gives it.

@@ -3,6 +3,7 @@
 mod differential;
 mod end_to_end;
 mod errors;
+mod import;
 mod oracle;
 mod runtime;
 mod verification;

@@ -286,7 +286,8 @@ fn eos_json(eos: &[usize]) -> Value {
     }
 }
 
-fn dtype_name(dtype: DType) -> &'static str {
+/// The dtype's name in `config.json`.
+pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "float32",
         DType::F16 => "float16",

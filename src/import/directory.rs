@@ -5,23 +5,51 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+/// Everything an import may write.
+pub const FILES: &[&str] = &[
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors",
+    "router.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+];
+
 /// Why the directory could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is something already.
-    #[error("{path} exists; name another directory or pass --force to replace it")]
+    #[error("{} exists; name another directory or pass --force to replace it", path.display())]
     Exists {
         /// The output path.
         path: PathBuf,
     },
+    /// What is there is no checkpoint directory, and might be dear to someone.
+    #[error(
+        "{} holds {found}, which no import writes: it is not replaced, even with --force; \
+         name another directory", path.display()
+    )]
+    NotReplaceable {
+        /// The output path.
+        path: PathBuf,
+        /// The first thing in it that is no file of a checkpoint.
+        found: String,
+    },
     /// The path has no last component.
-    #[error("{path} does not name a directory that could be made")]
+    #[error("{} does not name a directory that could be made", path.display())]
     NoName {
         /// The output path.
         path: PathBuf,
     },
     /// The system refused.
-    #[error("cannot {action} {path}: {source}")]
+    #[error("{}: cannot {action}: {source}", path.display())]
     Io {
         /// What was tried.
         action: &'static str,
@@ -48,8 +76,11 @@ pub struct Staged {
 impl Staged {
     /// Begins a directory that will stand at `place`.
     pub fn begin(place: &Path, force: bool) -> Result<Self, Error> {
-        if !force && fs::symlink_metadata(place).is_ok() {
-            return Err(Error::Exists { path: place.to_owned() });
+        if fs::symlink_metadata(place).is_ok() {
+            if !force {
+                return Err(Error::Exists { path: place.to_owned() });
+            }
+            replaceable(place)?;
         }
         let name = place.file_name().ok_or_else(|| Error::NoName { path: place.to_owned() })?;
         if let Some(parent) = place.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -58,6 +89,11 @@ impl Staged {
         let temporary = place.with_file_name(beside(name, "partial"));
         fs::create_dir(&temporary).map_err(io_error("create", &temporary))?;
         Ok(Self { place: place.to_owned(), temporary, done: false })
+    }
+
+    /// Where it is being filled.
+    pub fn path(&self) -> &Path {
+        &self.temporary
     }
 
     /// A new file in it, at the relative path `name`.
@@ -91,6 +127,7 @@ impl Staged {
             .with_file_name(beside(self.place.file_name().unwrap_or_default(), "replaced"));
         let replaces = fs::symlink_metadata(&self.place).is_ok();
         if replaces {
+            replaceable(&self.place)?;
             fs::rename(&self.place, &old).map_err(io_error("move", &self.place))?;
         }
         if let Err(source) = fs::rename(&self.temporary, &self.place) {
@@ -105,7 +142,7 @@ impl Staged {
             sync_directory(parent)?;
         }
         if replaces {
-            remove(&old).map_err(io_error("remove", &old))?;
+            fs::remove_dir_all(&old).map_err(io_error("remove", &old))?;
         }
         Ok(())
     }
@@ -120,20 +157,28 @@ impl Drop for Staged {
     }
 }
 
+/// Whether a directory holds nothing but files of a checkpoint, as an import writes them.
+fn replaceable(place: &Path) -> Result<(), Error> {
+    let refuse = |found: String| Err(Error::NotReplaceable { path: place.to_owned(), found });
+    let kind = fs::symlink_metadata(place).map_err(io_error("look at", place))?.file_type();
+    if !kind.is_dir() {
+        return refuse("something that is not a directory".into());
+    }
+    for entry in fs::read_dir(place).map_err(io_error("list", place))? {
+        let name = entry.map_err(io_error("list", place))?.file_name();
+        if !name.to_str().is_some_and(|name| FILES.contains(&name)) {
+            return refuse(format!("{}", name.display()));
+        }
+    }
+    Ok(())
+}
+
 /// A hidden name beside `name` that no other process uses.
 fn beside(name: &std::ffi::OsStr, what: &str) -> OsString {
     let mut hidden = OsString::from(".");
     hidden.push(name);
     hidden.push(format!(".{what}-{}", std::process::id()));
     hidden
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    if fs::symlink_metadata(path)?.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    }
 }
 
 /// Makes the entries of a directory durable, where the system has such a thing.

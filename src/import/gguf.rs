@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
 use super::quantized::Encoding;
@@ -108,6 +108,14 @@ pub enum Error {
     Alignment {
         /// The metadata value, printed.
         found: String,
+    },
+    /// No dimension, or more than ggml has.
+    #[error("tensor {name:?} has {found} dimensions; expected 1 to {MOST_DIMENSIONS}")]
+    DimensionCount {
+        /// The tensor.
+        name: String,
+        /// How many the file states.
+        found: u32,
     },
     /// Dimensions that no tensor has.
     #[error("tensor {name:?} has the impossible dimensions {dims:?}")]
@@ -254,17 +262,26 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path)?;
         let length = file.metadata()?.len();
-        let mut header = Header { input: BufReader::new(&file), offset: 0, length };
-        header.magic()?;
-        let tensor_count = header.u64("the tensor count")?;
-        let entry_count = header.u64("the metadata count")?;
-        let metadata = header.metadata(entry_count)?;
-        let tensors = header.tensors(tensor_count)?;
-        let alignment = alignment(&metadata)?;
-        let data = header.offset.next_multiple_of(alignment);
-        let tensors = place(tensors, data, alignment, length)?;
+        let (metadata, tensors) = parse(&file, length)?;
         Ok(Self { file, metadata, tensors })
     }
+}
+
+/// Parses the header of a file of `length` bytes.
+fn parse(
+    input: impl Read + Seek,
+    length: u64,
+) -> Result<(BTreeMap<String, Value>, BTreeMap<String, Tensor>), Error> {
+    let mut header = Header { input: BufReader::new(input), offset: 0, length };
+    header.magic()?;
+    let tensor_count = header.u64("the tensor count")?;
+    let entry_count = header.u64("the metadata count")?;
+    let metadata = header.metadata(entry_count)?;
+    let tensors = header.tensors(tensor_count)?;
+    let alignment = alignment(&metadata)?;
+    let data = header.offset.next_multiple_of(alignment);
+    let tensors = place(tensors, data, alignment, length)?;
+    Ok((metadata, tensors))
 }
 
 fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, Error> {
@@ -311,13 +328,13 @@ fn place(
 }
 
 /// A reader that knows how much of the file is left.
-struct Header<'a> {
-    input: BufReader<&'a File>,
+struct Header<R> {
+    input: BufReader<R>,
     offset: u64,
     length: u64,
 }
 
-impl Header<'_> {
+impl<R: Read + Seek> Header<R> {
     fn require(&self, what: &str, needed: u64) -> Result<(), Error> {
         let left = self.length.saturating_sub(self.offset);
         if needed <= left {
@@ -448,7 +465,7 @@ impl Header<'_> {
         let name = self.string("a tensor name")?;
         let dimensions = self.u32(&name)?;
         if !(1..=MOST_DIMENSIONS).contains(&dimensions) {
-            return Err(Error::Dimensions { name, dims: vec![dimensions.into()] });
+            return Err(Error::DimensionCount { name, found: dimensions });
         }
         let dims = self.elements(dimensions.into(), |h| h.u64(&name))?;
         let number = self.u32(&name)?;
@@ -474,3 +491,6 @@ impl Header<'_> {
         Ok(tensor)
     }
 }
+
+#[cfg(test)]
+mod tests;

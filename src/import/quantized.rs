@@ -171,3 +171,55 @@ pub fn read_rows(file: &mut File, tensor: &Tensor, rows: Range<usize>) -> Result
     }
     Ok(values)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::import::gguf::Gguf;
+
+    /// `fixtures/gguf/encodings.gguf` holds each encoding beside what gguf's own Python makes of it.
+    #[test]
+    fn every_encoding_reads_as_its_authors_read_it() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/gguf/encodings.gguf");
+        let mut gguf = Gguf::open(path.as_ref()).unwrap();
+        let mut read = Vec::new();
+        for (_, name, _) in ENCODINGS.iter().filter(|(_, _, dtype)| dtype.is_some()) {
+            let Some(tensor) = gguf.tensors.get(*name) else { continue };
+            assert_eq!(tensor.encoding.name(), *name);
+            let expected = &gguf.tensors[&format!("{name}.expected")];
+            let ours = read_rows(&mut gguf.file, tensor, 0..2).unwrap();
+            let theirs = read_rows(&mut gguf.file, expected, 0..2).unwrap();
+            assert_eq!(ours.len(), 512);
+            for (a, b) in ours.iter().zip(&theirs) {
+                assert!((a - b).abs() <= 1e-6 * b.abs().max(1.0), "{name}: {a} {b}");
+            }
+            let second = read_rows(&mut gguf.file, tensor, 1..2).unwrap();
+            assert_eq!(second, ours[256..], "{name}");
+            read.push(*name);
+        }
+        // F32 is what the others are compared in.
+        assert_eq!(
+            read,
+            [
+                "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+                "Q6_K", "BF16"
+            ]
+        );
+    }
+
+    #[test]
+    fn unreadable_encodings_have_a_name() {
+        assert_eq!(Encoding::from_number(20).unwrap_err(), "IQ4_NL");
+        assert_eq!(Encoding::from_number(15).unwrap_err(), "Q8_K");
+        assert_eq!(Encoding::from_number(999).unwrap_err(), "encoding number 999");
+    }
+
+    #[test]
+    fn the_list_for_messages_is_the_table() {
+        for (_, name, dtype) in ENCODINGS {
+            let listed = Encoding::READABLE.split(", ").any(|part| part.split(" or ").any(|n| n == *name));
+            assert_eq!(listed, dtype.is_some(), "{name}");
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! Writes `model.safetensors` from a GGUF file, a few rows at a time.
+//! Writes safetensors files, from a GGUF file a few rows at a time.
 //!
 //! ```text
 //! length of the header, u64 | header, JSON padded with blanks to 8 bytes | tensors by name
@@ -17,7 +17,6 @@ use half::{bf16, f16};
 use serde_json::{Map, json};
 use skipgpt_passes::ir::DType;
 
-use super::gguf::Tensor;
 use super::names::Job;
 use super::quantized::{self, read_rows};
 
@@ -31,7 +30,7 @@ pub enum Error {
     #[error(transparent)]
     Tensor(#[from] quantized::Error),
     /// Writing failed.
-    #[error("cannot write model.safetensors: {0}")]
+    #[error("cannot write the weights: {0}")]
     Write(#[from] std::io::Error),
     /// A value that the asked dtype cannot hold.
     #[error("tensor {name:?} holds {value}, which {dtype} cannot hold; import it as f32")]
@@ -45,9 +44,29 @@ pub enum Error {
     },
 }
 
-/// Bytes of all tensors in `dtype`.
-pub fn total_bytes(jobs: &[Job], dtype: DType) -> u64 {
-    jobs.iter().map(|job| bytes(job, dtype)).sum()
+/// One tensor of a safetensors file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Row-major.
+    pub shape: Vec<usize>,
+    /// How its values are written.
+    pub dtype: DType,
+}
+
+impl Entry {
+    /// Bytes of its values.
+    pub fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+    }
+}
+
+/// The tensors of `jobs` as they are written.
+pub fn entries(jobs: &[Job], dtype: DType) -> Vec<Entry> {
+    jobs.iter()
+        .map(|job| Entry { name: job.name.clone(), shape: job.source.shape.clone(), dtype })
+        .collect()
 }
 
 /// Writes the file; `progress` gets the bytes of tensors written since it was last called.
@@ -58,36 +77,28 @@ pub fn write(
     out: &mut impl Write,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
-    let header = header(jobs, dtype);
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(header.as_bytes())?;
+    write_header(&entries(jobs, dtype), out)?;
     for job in jobs {
         write_tensor(source, job, dtype, out, progress)?;
     }
     Ok(())
 }
 
-fn bytes(job: &Job, dtype: DType) -> u64 {
-    (job.source.shape.iter().product::<usize>() * dtype.size()) as u64
-}
-
-fn header(jobs: &[Job], dtype: DType) -> String {
+/// Writes the length and the header of a file with `entries`, whose values must follow in order.
+pub fn write_header(entries: &[Entry], out: &mut impl Write) -> Result<(), Error> {
     let mut fields = Map::new();
     fields.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut start = 0;
-    for job in jobs {
-        let end = start + bytes(job, dtype);
+    for entry in entries {
+        let end = start + entry.bytes();
+        let dtype = match entry.dtype {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+        };
         fields.insert(
-            job.name.clone(),
-            json!({
-                "dtype": match dtype {
-                    DType::F32 => "F32",
-                    DType::F16 => "F16",
-                    DType::BF16 => "BF16",
-                },
-                "shape": job.source.shape,
-                "data_offsets": [start, end],
-            }),
+            entry.name.clone(),
+            json!({ "dtype": dtype, "shape": entry.shape, "data_offsets": [start, end] }),
         );
         start = end;
     }
@@ -95,7 +106,9 @@ fn header(jobs: &[Job], dtype: DType) -> String {
     while header.len() % 8 != 0 {
         header.push(' ');
     }
-    header
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(header.as_bytes())?;
+    Ok(())
 }
 
 fn write_tensor(
@@ -109,7 +122,7 @@ fn write_tensor(
     let mut tensor = job.source.clone();
     if tensor.shape.len() == 1 && job.interleaved.is_some() {
         let values = read_rows(source, &tensor, 0..1)?;
-        return put(&deinterleave(values, 1, job.interleaved), &tensor, dtype, out, progress);
+        return put(&deinterleave(values, 1, job.interleaved), &tensor.name, dtype, out, progress);
     }
     if tensor.shape.len() == 1 {
         tensor.shape.insert(0, 1);
@@ -119,7 +132,7 @@ fn write_tensor(
     let step = (BLOCK_VALUES / columns / unit).max(1) * unit;
     for first in (0..rows).step_by(step) {
         let values = read_rows(source, &tensor, first..rows.min(first + step))?;
-        put(&deinterleave(values, columns, job.interleaved), &tensor, dtype, out, progress)?;
+        put(&deinterleave(values, columns, job.interleaved), &tensor.name, dtype, out, progress)?;
     }
     Ok(())
 }
@@ -138,9 +151,10 @@ fn deinterleave(values: Vec<f32>, columns: usize, head_dim: Option<usize>) -> Ve
     ordered
 }
 
-fn put(
+/// Writes the values of the tensor `name`, rounded to `dtype` once.
+pub fn put(
     values: &[f32],
-    tensor: &Tensor,
+    name: &str,
     dtype: DType,
     out: &mut impl Write,
     progress: &mut dyn FnMut(u64),
@@ -164,7 +178,7 @@ fn put(
             }
         };
         if !finite {
-            return Err(Error::OutOfRange { name: tensor.name.clone(), value, dtype });
+            return Err(Error::OutOfRange { name: name.into(), value, dtype });
         }
     }
     out.write_all(&bytes)?;

@@ -39,13 +39,18 @@ const PLAIN: Pre = Pre {
     add_bos: false,
 };
 
-/// Letters with case, as DeepSeek's first models list them.
+/// Letters with case, as DeepSeek's first models list them. The six that Unicode composes to others
+/// are escaped, so that no editor composes them.
 const CASED_LETTERS: &str = concat!(
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ",
-    r"Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄ",
-    r"Ⰰ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ",
+    "Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u{1F7D}ᾀ-ᾴᾶ-ᾼ\u{1FBE}ῂ-ῄῆ-ῌῐ-\u{1FD3}ῖ-\u{1FDB}ῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u{2126}ℨ\u{212A}-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄ",
+    "Ⰰ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
 );
+/// Chinese characters, the letters from Samaritan on, and Hangul.
 const CJK: &str = "[一-龥ࠀ-一가-퟿]+";
+
+const DIGIT: &str = r"\p{N}";
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 /// Every pre-tokenizer that is known.
 const PRE: &[Pre] = &[
@@ -125,10 +130,19 @@ fn byte_level(trim_offsets: bool, use_regex: bool) -> Value {
     })
 }
 
+/// Cuts by `splits`, then digits, then as GPT-2.
+///
+/// Hugging Face has a step of its own for digits and one for GPT-2's expression, which cut the
+/// same; but onnxruntime-genai's version of the one knows decimal digits only, and its version of
+/// the other changes what the steps before it cut. Plain expressions work alike everywhere.
 fn pre_tokenizer(pre: &Pre) -> Value {
-    let mut steps: Vec<Value> = pre
-        .splits
-        .iter()
+    if pre.splits.is_empty() && !pre.digits {
+        return byte_level(true, pre.gpt2);
+    }
+    let digits = pre.digits.then_some(DIGIT);
+    let gpt2 = pre.gpt2.then_some(GPT2);
+    let expressions = pre.splits.iter().copied().chain(digits).chain(gpt2);
+    let mut steps: Vec<Value> = expressions
         .map(|regex| {
             json!({
                 "type": "Split",
@@ -138,14 +152,7 @@ fn pre_tokenizer(pre: &Pre) -> Value {
             })
         })
         .collect();
-    if pre.digits {
-        steps.push(json!({ "type": "Digits", "individual_digits": true }));
-    }
-    let last = byte_level(true, pre.gpt2);
-    if steps.is_empty() {
-        return last;
-    }
-    steps.push(last);
+    steps.push(byte_level(true, false));
     json!({ "type": "Sequence", "pretokenizers": steps })
 }
 

@@ -31,10 +31,17 @@ impl<'a> Templates<'a> {
         Ok(Self { default: metadata.string(KEY)?, named })
     }
 
-    /// The named templates as Hugging Face keeps them, `(path, contents)`.
-    pub fn files(&self) -> impl Iterator<Item = (String, String)> {
-        self.named.iter().map(|(name, template)| {
+    /// The templates as Hugging Face keeps several, `(path, contents)`; none where one suffices.
+    ///
+    /// Once there is a folder of named ones, the default is looked for in a file, too.
+    pub fn files(&self) -> Vec<(String, String)> {
+        if self.named.is_empty() {
+            return Vec::new();
+        }
+        let default = self.default.map(|text| ("chat_template.jinja".to_owned(), text.to_owned()));
+        let named = self.named.iter().map(|(name, template)| {
             (format!("additional_chat_templates/{name}.jinja"), (*template).to_owned())
-        })
+        });
+        default.into_iter().chain(named).collect()
     }
 }

@@ -1,0 +1,153 @@
+//! What is imported is what the file holds.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use expect_test::{Expect, expect};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use skipgpt_export::import::Options;
+use skipgpt_passes::ir::DType;
+use tempfile::TempDir;
+use tokenizers::Tokenizer;
+
+use super::{MODELS, gguf, imported, json, run};
+
+/// The values `fixtures/gguf/make.py` gave the tensor `name` of the original checkpoint.
+fn original(name: &str, count: usize) -> Vec<f32> {
+    (0..count).map(|p| (((p + 7 * name.len()) % 251) as f32 - 125.0) / 64.0).collect()
+}
+
+fn weights(directory: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = fs::read(directory.join("model.safetensors")).unwrap();
+    SafeTensors::deserialize(&bytes)
+        .unwrap()
+        .iter()
+        .map(|(name, tensor)| {
+            let data = tensor.data();
+            let values = match tensor.dtype() {
+                Dtype::F32 => data.as_chunks().0.iter().map(|c| f32::from_le_bytes(*c)).collect(),
+                Dtype::F16 => {
+                    data.as_chunks().0.iter().map(|c| f16::from_le_bytes(*c).to_f32()).collect()
+                }
+                Dtype::BF16 => {
+                    data.as_chunks().0.iter().map(|c| bf16::from_le_bytes(*c).to_f32()).collect()
+                }
+                other => panic!("{name} is {other:?}"),
+            };
+            (name.to_owned(), (tensor.shape().to_vec(), values))
+        })
+        .collect()
+}
+
+#[test]
+fn every_weight_is_that_of_the_checkpoint_it_came_from() {
+    for model in MODELS {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let place = TempDir::new().unwrap();
+            let change = |o: &mut Options| (o.input, o.dtype) = (gguf(model), dtype);
+            let report = run(&place, change).unwrap();
+            let weights = weights(&place.path().join("out"));
+            assert_eq!(weights.len(), report.tensors);
+            for (name, (shape, values)) in weights {
+                assert_eq!(values.len(), shape.iter().product::<usize>());
+                assert_eq!(values, original(&name, values.len()), "{model} {dtype} {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn progress_ends_at_the_total() {
+    let place = TempDir::new().unwrap();
+    let options = Options::new(gguf("llama"), place.path().join("out"));
+    let mut seen = Vec::new();
+    let report = skipgpt_export::import::import(&options, &mut |done, total| {
+        seen.push((done, total));
+    })
+    .unwrap();
+    assert!(seen.is_sorted());
+    assert_eq!(seen.last(), Some(&(report.bytes, report.bytes)));
+}
+
+#[test]
+fn two_imports_are_the_same_bytes() {
+    let (first, second) = (imported("llama"), imported("llama"));
+    for entry in fs::read_dir(first.path().join("out")).unwrap() {
+        let name = entry.unwrap().file_name();
+        let [a, b] = [&first, &second].map(|place| place.path().join("out").join(&name));
+        if a.is_file() {
+            assert_eq!(fs::read(a).unwrap(), fs::read(b).unwrap(), "{}", name.display());
+        }
+    }
+}
+
+fn check_config(model: &str, expected: &Expect) {
+    let place = imported(model);
+    let config = json(&place.path().join("out"), "config.json");
+    let generation = json(&place.path().join("out"), "generation_config.json");
+    expected.assert_eq(&format!("{config}\n{generation}"));
+}
+
+#[test]
+fn the_configuration_is_the_metadata_s() {
+    check_config("llama", &expect![[r#""#]]);
+    check_config("llama3", &expect![[r#""#]]);
+    check_config("mistral", &expect![[r#""#]]);
+    check_config("qwen2", &expect![[r#""#]]);
+    check_config("qwen3", &expect![[r#""#]]);
+}
+
+/// `text` in tokens, special ones around it included, each by its text in the vocabulary.
+fn check_tokens(model: &str, text: &str, expected: &Expect) {
+    let place = imported(model);
+    let tokenizer = Tokenizer::from_file(place.path().join("out/tokenizer.json")).unwrap();
+    let encoding = tokenizer.encode(text, true).unwrap();
+    expected.assert_eq(&encoding.get_tokens().join(" "));
+    let back = tokenizer.decode(encoding.get_ids(), true).unwrap();
+    let plain = text.replace("<|im_end|>", "").replace("</s>", "");
+    assert_eq!(back, plain);
+}
+
+#[test]
+fn text_is_split_as_the_named_pre_tokenizer_splits_it() {
+    let text = "hello hello  hello 123\n  1<|im_end|>";
+    check_tokens("llama", text, &expect![[r#""#]]);
+    check_tokens("llama3", text, &expect![[r#""#]]);
+    check_tokens("mistral", "hello hello  h\u{e9}</s> 12", &expect![[r#""#]]);
+    check_tokens("qwen2", text, &expect![[r#""#]]);
+}
+
+#[test]
+fn qwen_composes_text() {
+    let place = imported("qwen2");
+    let tokenizer = Tokenizer::from_file(place.path().join("out/tokenizer.json")).unwrap();
+    let ids = |text: &str| tokenizer.encode(text, true).unwrap().get_ids().to_vec();
+    assert_eq!(ids("e\u{301}"), ids("\u{e9}"));
+}
+
+#[test]
+fn roles_and_templates_are_kept() {
+    let place = imported("llama");
+    let directory = place.path().join("out");
+    let config = json(&directory, "tokenizer_config.json");
+    assert_eq!(config["bos_token"], "<|im_start|>");
+    assert_eq!(config["eos_token"], "<|im_end|>");
+    assert_eq!(config["pad_token"], "<|im_end|>");
+    assert_eq!(config["chat_template"], "{{ messages[0]['content'] }}");
+    let read = |name: &str| fs::read_to_string(directory.join(name)).unwrap();
+    assert_eq!(read("chat_template.jinja"), "{{ messages[0]['content'] }}");
+    assert_eq!(read("additional_chat_templates/tool_use.jinja"), "{{ tools }}");
+
+    // A token that only fills up the embedding has no text; one added by name is not special.
+    let tokenizer = json(&directory, "tokenizer.json");
+    assert!(tokenizer["model"]["vocab"].get("[PAD267]").is_none());
+    let special: Vec<_> = tokenizer["added_tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| (token["content"].as_str().unwrap(), token["special"].as_bool().unwrap()))
+        .collect();
+    assert_eq!(special, [("<|im_start|>", true), ("<|im_end|>", true), ("<tool>", false)]);
+}
