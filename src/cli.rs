@@ -4,6 +4,7 @@ pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod generate;
+pub(crate) mod golden;
 pub(crate) mod import;
 pub(crate) mod inspect;
 pub(crate) mod profile;
@@ -33,6 +34,9 @@ pub(crate) enum Command {
     Export(export::Arguments),
     /// Compare an artifact with the checkpoint it was made from
     Verify(verify::Arguments),
+    /// Record an artifact's outputs, or check them against a record
+    #[command(subcommand)]
+    Golden(golden::Command),
     /// Generate text with an artifact
     Generate(generate::Arguments),
     /// Measure perplexity of a checkpoint or of an artifact

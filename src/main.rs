@@ -32,6 +32,7 @@ fn run(cli: Cli) -> anyhow::Result<Verdict> {
         Command::Profile(arguments) => cli::profile::run(&arguments),
         Command::Export(arguments) => cli::export::run(&arguments),
         Command::Verify(arguments) => cli::verify::run(&arguments),
+        Command::Golden(command) => cli::golden::run(&command),
         Command::Generate(arguments) => cli::generate::run(&arguments),
         Command::Eval(arguments) => cli::eval::run(&arguments),
         Command::Inspect(arguments) => cli::inspect::run(&arguments),

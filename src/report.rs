@@ -5,8 +5,8 @@ use std::fmt::{Display, Formatter, Result};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
 use crate::eval::{self, Perplexity};
+use crate::generate;
 use crate::profile::Profile;
-use crate::{generate, import};
 
 impl Display for Perplexity {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
@@ -66,17 +66,5 @@ impl Display for generate::Report {
             Some(skipped) => write!(f, "; modules skipped: {skipped}"),
             None => Ok(()),
         }
-    }
-}
-
-impl Display for import::Report {
-    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        let Self { output, architecture, tensors, parameters, bytes, .. } = self;
-        let (millions, megabytes) = (*parameters as f64 / 1e6, *bytes as f64 / 1e6);
-        write!(
-            f,
-            "{}: {architecture}, {millions:.1} M parameters in {tensors} tensors, {megabytes:.0} MB",
-            output.display()
-        )
     }
 }

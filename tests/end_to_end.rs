@@ -75,8 +75,7 @@ struct Exported {
 
 fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Exported {
     let checkpoint = variant.read(case);
-    let choices =
-        Choices { dispatch, rearrange: !link, prune_below: None, always_above: None };
+    let choices = Choices { dispatch, rearrange: !link, prune_below: None, always_above: None };
     let plan = plan::build(&checkpoint.model.config, choices, None).unwrap();
     let mut model = checkpoint.model.clone();
     let mut stages = vec![("00-imported".to_owned(), model.clone())];
@@ -205,9 +204,14 @@ fn two_exports_are_byte_identical() {
     let read = |exported: &Exported| {
         let outputs = exported.artifact.manifest.outputs.iter();
         let mut files: Vec<(String, Vec<u8>)> = outputs
-            .map(|file| (file.name.clone(), std::fs::read(exported.artifact.path(&file.name)).unwrap()))
+            .map(|file| {
+                (file.name.clone(), std::fs::read(exported.artifact.path(&file.name)).unwrap())
+            })
             .collect();
-        files.push(("manifest.json".into(), std::fs::read(exported.artifact.path("manifest.json")).unwrap()));
+        files.push((
+            "manifest.json".into(),
+            std::fs::read(exported.artifact.path("manifest.json")).unwrap(),
+        ));
         files
     };
     let [first, second] = [(); 2]
@@ -287,8 +291,9 @@ fn outputs(
         }
         let logits = output.logits.slice(s![b, s, ..]);
         let best = generate::argmax(&logits).unwrap();
-        let kept: String =
-            (0..routing.modules.len()).map(|m| if routing.keeps(m, b, s) { '1' } else { '0' }).collect();
+        let kept: String = (0..routing.modules.len())
+            .map(|m| if routing.keeps(m, b, s) { '1' } else { '0' })
+            .collect();
         writeln!(text, "{b}, {s}: {best}, {:.2}; {kept}", logits[best]).unwrap();
     }
     text

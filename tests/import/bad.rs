@@ -98,22 +98,14 @@ fn other_models() {
     check("llama", |m| m.set("llama.attention.head_count_kv", Value::U32(3)), &expect![[r#""#]]);
     check("llama", |m| m.set("llama.rope.dimension_count", Value::U32(4)), &expect![[r#""#]]);
     check("llama", |m| m.remove("llama.block_count"), &expect![[r#""#]]);
-    check(
-        "llama",
-        |m| m.set("llama.block_count", Value::String("two".into())),
-        &expect![[r#""#]],
-    );
+    check("llama", |m| m.set("llama.block_count", Value::String("two".into())), &expect![[r#""#]]);
 }
 
 #[test]
 fn other_rotary_embeddings() {
     check("mistral", |m| m.text("llama.rope.scaling.type", "yarn"), &expect![[r#""#]]);
     check("mistral", |m| m.remove("llama.rope.scaling.factor"), &expect![[r#""#]]);
-    check(
-        "mistral",
-        |m| m.set("llama.rope.scaling.factor", Value::F32(-1.0)),
-        &expect![[r#""#]],
-    );
+    check("mistral", |m| m.set("llama.rope.scaling.factor", Value::F32(-1.0)), &expect![[r#""#]]);
     check(
         "llama3",
         |m| m.put("rope_freqs.weight", &[1.0, 1.0, 1.0, 1.5, 8.0, 8.0, 8.0, 8.0]),
@@ -148,20 +140,16 @@ fn other_tokenizers() {
     check("llama", |m| m.text("tokenizer.ggml.pre", "default"), &expect![[r#""#]]);
     check("llama", |m| m.remove("tokenizer.ggml.pre"), &expect![[r#""#]]);
     check("llama", |m| m.remove(tokens), &expect![[r#""#]]);
-    check(
-        "llama",
-        |m| m.strings(tokens)[40] = Value::String("hell".into()),
-        &expect![[r#""#]],
-    );
+    check("llama", |m| m.strings(tokens)[40] = Value::String("hell".into()), &expect![[r#""#]]);
     check("llama", |m| m.strings(merges)[2] = Value::String("he x".into()), &expect![[r#""#]]);
     check("llama", |m| drop(m.strings("tokenizer.ggml.token_type").pop()), &expect![[r#""#]]);
-    check("llama", |m| m.strings("tokenizer.ggml.token_type")[3] = Value::I32(9), &expect![[r#""#]]);
-    check("llama", |m| m.set("tokenizer.ggml.eos_token_id", Value::U32(999)), &expect![[r#""#]]);
     check(
-        "qwen2",
-        |m| m.set("tokenizer.ggml.add_bos_token", Value::Bool(true)),
+        "llama",
+        |m| m.strings("tokenizer.ggml.token_type")[3] = Value::I32(9),
         &expect![[r#""#]],
     );
+    check("llama", |m| m.set("tokenizer.ggml.eos_token_id", Value::U32(999)), &expect![[r#""#]]);
+    check("qwen2", |m| m.set("tokenizer.ggml.add_bos_token", Value::Bool(true)), &expect![[r#""#]]);
     check(
         "llama",
         |m| m.set("tokenizer.ggml.add_space_prefix", Value::Bool(true)),
@@ -173,11 +161,7 @@ fn other_tokenizers() {
         &expect![[r#""#]],
     );
     check("mistral", |m| m.remove("tokenizer.ggml.scores"), &expect![[r#""#]]);
-    check(
-        "mistral",
-        |m| m.strings(tokens)[13] = Value::String("ten".into()),
-        &expect![[r#""#]],
-    );
+    check("mistral", |m| m.strings(tokens)[13] = Value::String("ten".into()), &expect![[r#""#]]);
     check("llama", |m| m.text("tokenizer.chat_template.a/b", "x"), &expect![[r#""#]]);
 }
 
