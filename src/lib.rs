@@ -15,6 +15,7 @@ pub mod plan;
 pub mod profile;
 pub mod rope;
 pub mod runtime;
+pub mod safetensors;
 pub mod sources;
 pub mod text;
 pub mod tolerance;
