@@ -48,7 +48,7 @@ impl Options {
 }
 
 /// What was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Report {
     /// The checkpoint directory.
     pub output: PathBuf,

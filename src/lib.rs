@@ -13,6 +13,7 @@ pub mod model;
 pub mod onnx;
 pub mod plan;
 pub mod profile;
+mod report;
 pub mod rope;
 pub mod runtime;
 pub mod safetensors;

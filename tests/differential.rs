@@ -1,8 +1,7 @@
 //! The reference against independent implementations: the oracle cases, candle's own Llama.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
@@ -17,45 +16,7 @@ use skipgpt_passes::plan::Plan;
 use skipgpt_passes::registry::PASSES;
 use skipgpt_passes::validate::validate;
 
-/// Largest difference from the oracle's logits and layer inputs.
-const ATOL: f32 = 1e-4;
-
-fn fixture(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle").join(case)
-}
-
-/// What the oracle computed for a case.
-struct Expected(HashMap<String, Tensor>);
-
-impl Expected {
-    fn of(case: &str) -> Self {
-        let path = fixture(case).join("expected.safetensors");
-        Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
-    }
-
-    fn floats(&self, name: &str) -> ndarray::ArrayD<f32> {
-        let tensor = &self.0[name];
-        let values = tensor.flatten_all().unwrap().to_vec1().unwrap();
-        ndarray::ArrayD::from_shape_vec(IxDyn(tensor.dims()), values).unwrap()
-    }
-
-    fn integers(&self, name: &str) -> Array2<i64> {
-        let tensor = &self.0[name];
-        let values = tensor.to_dtype(candle_core::DType::I64).unwrap().flatten_all().unwrap();
-        let rows = tensor.dims()[0];
-        let values: Vec<i64> = values.to_vec1().unwrap();
-        Array2::from_shape_vec((rows, values.len() / rows), values).unwrap()
-    }
-
-    fn input(&self) -> Input {
-        Input {
-            ids: self.integers("input_ids"),
-            mask: self.integers("attention_mask"),
-            positions: self.integers("position_ids"),
-            logits: Logits::All,
-        }
-    }
-}
+use crate::oracle::{ATOL, CASES, Expected, fixture};
 
 /// The model after each number of passes: with each dispatch, and without fused projections.
 fn every_phase(imported: &Model) -> Vec<(String, Model)> {
@@ -182,23 +143,10 @@ fn case_agrees(case: &str, has_adapter: bool) {
 }
 
 #[test]
-fn oracle_llama_gqa() {
-    case_agrees("llama-gqa", true);
-}
-
-#[test]
-fn oracle_llama_mha_llama3rope() {
-    case_agrees("llama-mha-llama3rope", true);
-}
-
-#[test]
-fn oracle_llama_bf16_sharded() {
-    case_agrees("llama-bf16-sharded", false);
-}
-
-#[test]
-fn oracle_qwen2_bias() {
-    case_agrees("qwen2-bias", true);
+fn the_reference_computes_what_the_oracle_computed() {
+    for case in CASES {
+        case_agrees(case, fixture(case).join("adapter").exists());
+    }
 }
 
 /// Candle's own Llama, which gives the logits of the last token only.

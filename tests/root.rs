@@ -2,4 +2,7 @@
 
 mod artifact;
 mod differential;
+mod end_to_end;
+mod errors;
+mod oracle;
 mod runtime;

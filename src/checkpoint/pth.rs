@@ -39,7 +39,7 @@ pub enum Error {
         /// What went wrong.
         source: io::Error,
     },
-    /// `torch.save` from before PyTorch 1.6, or its old format asked for.
+    /// `torch.save` from before `PyTorch` 1.6, or its old format asked for.
     #[error("{}: PyTorch's old format (a bare pickle); load it and save it again with torch.save(…), which writes a zip archive since PyTorch 1.6", path.display())]
     Legacy {
         /// The file.
@@ -119,7 +119,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// candle's word.
-        source: candle::Error,
+        source: Box<candle::Error>,
     },
     /// candle's reader refused a tensor that the walk let through.
     #[error("{}: tensor {name} cannot be read: {source}", path.display())]
@@ -129,7 +129,7 @@ pub enum Error {
         /// The tensor.
         name: String,
         /// candle's word.
-        source: candle::Error,
+        source: Box<candle::Error>,
     },
 }
 
@@ -175,7 +175,7 @@ impl Archive {
             zip.check_storage(&prefix, tensor)?;
         }
         let tensors = PthTensors::new(path, None)
-            .map_err(|source| Error::Reader { path: path.to_owned(), source })?;
+            .map_err(|source| Error::Reader { path: path.to_owned(), source: source.into() })?;
         let entries = found
             .into_iter()
             .map(|tensor| Entry { name: tensor.name, shape: tensor.shape, dtype: tensor.dtype })
@@ -206,7 +206,7 @@ impl Archive {
     }
 
     fn error(&self, name: &str, source: candle::Error) -> Error {
-        Error::Tensor { path: self.path.clone(), name: name.to_owned(), source }
+        Error::Tensor { path: self.path.clone(), name: name.to_owned(), source: source.into() }
     }
 }
 

@@ -48,9 +48,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let artifact = sources::artifact(&arguments.artifact)?;
     let tokenizer = Tokenizer::open(&arguments.artifact)?;
     let prompt = if arguments.chat {
-        let system = arguments.system.as_deref().map(|text| Message::new("system", text));
+        let system = arguments.system.as_deref().map(|text| message("system", text));
         let messages: Vec<Message> =
-            system.into_iter().chain([Message::new("user", &arguments.prompt)]).collect();
+            system.into_iter().chain([message("user", &arguments.prompt)]).collect();
         tokenizer.encode(&tokenizer.chat(&messages)?, false)?
     } else {
         tokenizer.encode(&arguments.prompt, true)?
@@ -88,4 +88,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     }
     screen::note(&report);
     Ok(Verdict::Holds)
+}
+
+fn message(role: &str, content: &str) -> Message {
+    Message { role: role.to_owned(), content: content.to_owned() }
 }

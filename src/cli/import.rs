@@ -16,9 +16,6 @@ pub(crate) struct Arguments {
     /// The directory to create
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// config.json of the model (needed for .pth, which carries none)
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
     /// How weights are stored
     #[arg(long, value_parser = dtype, default_value = "f32")]
     dtype: DType,
@@ -42,7 +39,6 @@ pub(crate) fn run(arguments: Arguments) -> Result<Verdict> {
     let options = import::Options {
         force: arguments.force,
         dtype: arguments.dtype,
-        config: arguments.config,
         ..import::Options::new(arguments.input, arguments.output)
     };
     let bar = screen::bytes("importing");

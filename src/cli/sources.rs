@@ -17,7 +17,7 @@ use super::{CheckpointArguments, Provider, RuntimeArguments, screen};
 pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> {
     let model = arguments.model.as_deref().context("--model DIR is needed: the checkpoint")?;
     Ok(checkpoint::read(&checkpoint::Request {
-        model,
+        model: Some(model),
         router: arguments.router.as_deref(),
         adapter: arguments.adapter.as_deref(),
         lora_alpha: arguments.lora_alpha,

@@ -6,8 +6,8 @@ use super::{Error, global};
 
 /// Most bytes of values a reader would copy into and out of its memo.
 const COPY_LIMIT: u64 = 512 << 20;
-/// Most instructions that are run.
-const STEP_LIMIT: usize = 1 << 22;
+/// Most instructions that are run: those of some twenty thousand tensors.
+const STEP_LIMIT: usize = 1 << 20;
 /// How deep values may nest; a tensor's are four deep.
 const DEPTH_LIMIT: u32 = 16;
 /// What a value costs beside its text.
