@@ -16,6 +16,7 @@ pub mod profile;
 mod report;
 pub mod rope;
 pub mod runtime;
+pub mod safetensors;
 pub mod sources;
 pub mod text;
 pub mod tolerance;

@@ -1,5 +1,6 @@
 //! Every integration test, in one binary.
 
+mod artifact;
 mod differential;
 mod end_to_end;
 mod errors;
