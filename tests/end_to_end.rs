@@ -236,7 +236,9 @@ fn a_changed_byte_is_noticed() {
 }
 
 fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden").join(case)
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden").join(case);
+    std::fs::create_dir_all(&directory).unwrap();
+    directory
 }
 
 /// The IR after every pass and the graph of every dispatch.

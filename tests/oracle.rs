@@ -40,7 +40,8 @@ impl Expected {
 
     pub(crate) fn floats(&self, name: &str) -> ndarray::ArrayD<f32> {
         let tensor = &self.0[name];
-        let values = tensor.flatten_all().unwrap().to_vec1().unwrap();
+        let values = tensor.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap();
+        let values = values.to_vec1().unwrap();
         ndarray::ArrayD::from_shape_vec(IxDyn(tensor.dims()), values).unwrap()
     }
 
