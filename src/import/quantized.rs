@@ -218,7 +218,8 @@ mod tests {
     #[test]
     fn the_list_for_messages_is_the_table() {
         for (_, name, dtype) in ENCODINGS {
-            let listed = Encoding::READABLE.split(", ").any(|part| part.split(" or ").any(|n| n == *name));
+            let listed =
+                Encoding::READABLE.split(", ").any(|part| part.split(" or ").any(|n| n == *name));
             assert_eq!(listed, dtype.is_some(), "{name}");
         }
     }

@@ -297,7 +297,12 @@ fn a_cache_forgotten_between_chunks_is_found_by_the_chunks_alone() {
 
 #[test]
 fn a_drift_is_found_once_it_leaves_the_bounds() {
-    fails(&[Fault::Drift { by: 1e-4 }], expect!["MISMATCH: decode, step 10: logits (the final norm or the head, or the last layer) is -12.789458, not -12.790459 (within 9.1e-4), at row 0, token 33"]);
+    fails(
+        &[Fault::Drift { by: 1e-4 }],
+        expect![
+            "MISMATCH: decode, step 10: logits (the final norm or the head, or the last layer) is -12.789458, not -12.790459 (within 9.1e-4), at row 0, token 33"
+        ],
+    );
 }
 
 #[test]
