@@ -19,6 +19,7 @@ pub mod output;
 pub mod staging;
 mod write;
 
+pub(crate) use write::{Files, Tracked, Tracker, inputs, outside_checkpoint, records};
 pub use write::{Request, write};
 
 use manifest::{FileRecord, Manifest};
@@ -64,8 +65,8 @@ pub enum Error {
     /// The output path ends in `..` or is the root.
     #[error("{}: is not a name for a new directory", .0.display())]
     NoName(PathBuf),
-    /// The output directory and the checkpoint contain one another.
-    #[error("{}: lies on the checkpoint {}; choose a path outside it", path.display(), checkpoint.display())]
+    /// The output directory is the checkpoint, or holds it.
+    #[error("{}: holds the checkpoint {}; choose another path", path.display(), checkpoint.display())]
     OnCheckpoint {
         /// The output path.
         path: PathBuf,
@@ -283,6 +284,6 @@ impl Artifact {
 }
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,8 @@ pub mod pth;
 pub mod router;
 pub mod safetensors;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
@@ -32,7 +34,7 @@ pub struct Request<'a> {
     pub model: Option<&'a Path>,
     /// Routers: `.safetensors` or `.pth`. Without it, those among the checkpoint's own tensors.
     pub router: Option<&'a Path>,
-    /// LoRA: a PEFT directory or a `.pth`.
+    /// `LoRA`: a PEFT directory or a `.pth`.
     pub adapter: Option<&'a Path>,
     /// Alpha of an adapter whose file does not state it (`.pth`): its scale is `alpha / rank`.
     pub lora_alpha: Option<f64>,
@@ -81,6 +83,16 @@ pub enum Error {
     /// A tensor could not be read.
     #[error(transparent)]
     Source(#[from] sources::Error),
+    /// The files lack a tensor.
+    #[error("{}: tensor {name} of shape {shape:?} is missing; fetch the checkpoint again, or correct config.json (num_hidden_layers, tie_word_embeddings, attention_bias, mlp_bias, model_type)", directory.display())]
+    Missing {
+        /// The checkpoint.
+        directory: PathBuf,
+        /// Its canonical name.
+        name: String,
+        /// The shape it would have.
+        shape: Vec<usize>,
+    },
     /// The files hold more layers than `config.json` states.
     #[error("{}: tensor {name} is of layer {layer}; config.json states num_hidden_layers {layers}", path.display())]
     ExtraLayer {

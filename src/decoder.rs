@@ -90,7 +90,7 @@ pub trait Decoder {
 }
 
 /// A decoder that can take another's decisions: what artifacts are verified against.
-pub trait Reference: Decoder {
+pub trait Follow: Decoder {
     /// Like [`Decoder::step`], except that every module named in `routing` keeps the tokens that
     /// `routing` keeps. The margins it reports are still its own routers'.
     ///

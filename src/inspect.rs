@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::{GateUp, KeyValue, Linear, Model, Router, Routing, Source, Weight};
 
 mod report;
+#[cfg(test)]
+mod tests;
 
 pub use report::{Report, Totals};
 

@@ -16,7 +16,7 @@ pub fn last(output: &Output) -> impl Iterator<Item = ArrayView1<'_, f32>> {
 
 /// The token of the largest logit, the first of equals. NaN is never the largest; where nothing
 /// else is left, the token is 0.
-pub fn argmax(logits: ArrayView1<'_, f32>) -> i64 {
+pub fn argmax(logits: &ArrayView1<'_, f32>) -> i64 {
     let mut best = (0, f32::NEG_INFINITY);
     for (token, &logit) in logits.iter().enumerate() {
         if logit > best.1 {
@@ -28,7 +28,7 @@ pub fn argmax(logits: ArrayView1<'_, f32>) -> i64 {
 
 /// The `k` most likely tokens with their log-probabilities (nats), most likely first, equals in the
 /// order of their ids.
-pub fn top(logits: ArrayView1<'_, f32>, k: usize) -> Vec<(i64, f64)> {
+pub fn top(logits: &ArrayView1<'_, f32>, k: usize) -> Vec<(i64, f64)> {
     let normaliser = log_sum_exp(logits);
     let mut tokens: Vec<_> = (0..logits.len()).collect();
     let order = |a: &usize, b: &usize| {
@@ -46,7 +46,7 @@ pub fn top(logits: ArrayView1<'_, f32>, k: usize) -> Vec<(i64, f64)> {
 }
 
 /// `ln Σ exp(logit)`, what a logit exceeds its log-probability by. NaN where a logit is NaN.
-pub fn log_sum_exp(logits: ArrayView1<'_, f32>) -> f64 {
+pub fn log_sum_exp(logits: &ArrayView1<'_, f32>) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     if max == f64::NEG_INFINITY {
         return max;
@@ -62,15 +62,15 @@ mod tests {
 
     #[test]
     fn the_largest_is_first_of_equals_and_never_nan() {
-        assert_eq!(argmax(aview1(&[1.0, 3.0, 3.0, 2.0])), 1);
-        assert_eq!(argmax(aview1(&[f32::NAN, -3.0, -2.0])), 2);
-        assert_eq!(argmax(aview1(&[f32::NAN, f32::NAN])), 0);
+        assert_eq!(argmax(&aview1(&[1.0, 3.0, 3.0, 2.0])), 1);
+        assert_eq!(argmax(&aview1(&[f32::NAN, -3.0, -2.0])), 2);
+        assert_eq!(argmax(&aview1(&[f32::NAN, f32::NAN])), 0);
     }
 
     #[test]
     fn log_probabilities_are_those_of_the_softmax() {
         let logits = array![0.0_f32, 3.0_f32.ln(), 1000.0 - 1000.0, 0.0];
-        let top = top(logits.view(), 2);
+        let top = top(&logits.view(), 2);
         assert_eq!([top[0].0, top[1].0], [1, 0]);
         assert!((top[0].1 - 0.5_f64.ln()).abs() < 1e-6);
         assert!((top[1].1 - (1.0_f64 / 6.0).ln()).abs() < 1e-6);
@@ -78,19 +78,19 @@ mod tests {
 
     #[test]
     fn large_logits_do_not_overflow() {
-        assert!((log_sum_exp(aview1(&[1000.0, 1000.0])) - (1000.0 + 2.0_f64.ln())).abs() < 1e-9);
+        assert!((log_sum_exp(&aview1(&[1000.0, 1000.0])) - (1000.0 + 2.0_f64.ln())).abs() < 1e-9);
     }
 
     #[test]
     fn nan_shows_in_the_log_probabilities() {
-        let top = top(aview1(&[1.0, f32::NAN, 2.0]), 3);
+        let top = top(&aview1(&[1.0, f32::NAN, 2.0]), 3);
         assert_eq!([top[0].0, top[1].0, top[2].0], [2, 0, 1]);
         assert!(top.iter().all(|(_, log_prob)| log_prob.is_nan()));
     }
 
     #[test]
     fn asking_for_more_than_there_is_gives_what_there_is() {
-        assert_eq!(top(aview1(&[1.0, 2.0]), 5).len(), 2);
-        assert!(top(aview1(&[1.0, 2.0]), 0).is_empty());
+        assert_eq!(top(&aview1(&[1.0, 2.0]), 5).len(), 2);
+        assert!(top(&aview1(&[1.0, 2.0]), 0).is_empty());
     }
 }

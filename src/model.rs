@@ -90,14 +90,6 @@ pub enum Error {
         /// The shape it needs.
         expected: (usize, usize),
     },
-    /// The decisions to follow are of another step.
-    #[error("decisions of shape {found:?} do not fit a step of shape {expected:?}")]
-    Routing {
-        /// Their `[modules, batch, sequence]`.
-        found: (usize, usize, usize),
-        /// The step's.
-        expected: (usize, usize, usize),
-    },
     /// The batch changed while the cache holds tokens.
     #[error("the step has {found} rows and the cache {cached}; reset the decoder between batches")]
     Batch {
@@ -105,6 +97,16 @@ pub enum Error {
         cached: usize,
         /// Rows of the step.
         found: usize,
+    },
+    /// The decisions to follow are not those of the step's tokens.
+    #[error(
+        "the decisions to follow are {found:?}, [modules, batch, sequence]; they must be {expected:?}"
+    )]
+    Followed {
+        /// Shape of the margins.
+        found: (usize, usize, usize),
+        /// The shape that follows from the step.
+        expected: (usize, usize, usize),
     },
     /// A step without a token.
     #[error("the step has no token: its ids are {0:?}")]

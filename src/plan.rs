@@ -34,11 +34,7 @@ pub enum Error {
 /// # Errors
 ///
 /// [`Error`] if thresholds are out of range, or the profile is missing or of another model.
-pub fn build(
-    config: &Config,
-    choices: Choices,
-    profile: Option<&Profile>,
-) -> Result<Plan, Error> {
+pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Result<Plan, Error> {
     let Choices { dispatch, rearrange, prune_below, always_above } = choices;
     let mut plan = Plan {
         removed: Vec::new(),

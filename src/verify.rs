@@ -6,7 +6,7 @@
 //!
 //! A router whose two scores are equal up to rounding may decide either way, and everything after
 //! such a *tie* then differs, rightly. So the artifact runs first, and the reference
-//! [follows](Reference::follow): it takes the artifact's decisions, and still says what its own
+//! [follows](Follow::follow): it takes the artifact's decisions, and still says what its own
 //! routers would have done in that very state. Each decision is thus judged by itself, no value is
 //! left out of the comparison, and if every decision agrees or is a tie, the artifact's run *is* a
 //! run of the reference, by induction over the modules.
@@ -14,7 +14,9 @@
 mod cases;
 mod compare;
 mod drive;
+mod place;
 mod report;
+mod stats;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -25,9 +27,10 @@ use std::time::Instant;
 use skipgpt_passes::ir::DType;
 
 pub use self::cases::draw;
-pub use self::compare::{Decisions, Divergence, Stats, Tie};
+pub use self::place::{Divergence, Tie};
 pub use self::report::{CaseReport, Greedy, GreedyDifference, Report, Ties};
-use crate::decoder::{Decoder, Reference};
+pub use self::stats::{Decisions, Stats};
+use crate::decoder::{Decoder, Follow};
 use crate::tolerance::Tolerances;
 
 /// What is verified, for the report, and how thoroughly.
@@ -192,7 +195,7 @@ impl std::fmt::Display for Side {
 /// Only where nothing can be compared: a decoder fails, a prompt is not one, the two are of
 /// different models. A difference in value, NaN included, is a [`Report`] that has not
 /// [passed](Report::passed).
-pub fn run<R: Reference, A: Decoder>(
+pub fn run<R: Follow, A: Decoder>(
     reference: &mut R,
     artifact: &mut A,
     prompts: &[Vec<i64>],

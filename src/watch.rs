@@ -4,12 +4,13 @@
 //! loaded from memory with those values as further outputs; the weights are the artifact's own.
 
 use ndarray::{Array3, ArrayD, Axis};
-use skipgpt_passes::ir::{DType, Model};
+use skipgpt_passes::ir::DType;
 
+use crate::artifact::manifest::Router;
 use crate::artifact::{self, Artifact, names};
 use crate::decoder::{CacheEntry, Decoder, Input, Output, Routing};
 use crate::onnx::graph::{Dim, Element, Value};
-use crate::onnx::{self, RouterScores, proto};
+use crate::onnx::proto;
 use crate::runtime::{self, OnnxDecoder, Runtime, Session, session};
 
 /// Why an artifact could not be watched or run.
@@ -43,33 +44,34 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Watched {
     decoder: OnnxDecoder,
-    routers: Vec<RouterScores>,
+    routers: Vec<Router>,
 }
 
 impl Watched {
-    /// Loads `artifact`, which was lowered from `model`.
+    /// Loads `artifact`.
     ///
     /// # Errors
     ///
     /// [`Error`] if a file was changed, or ONNX Runtime refuses the model.
     pub fn open(
         artifact: &Artifact,
-        model: &Model,
         runtime: &Runtime,
         options: &session::Options,
     ) -> Result<Self, Error> {
-        let routers = onnx::router_scores(model);
+        let routers = artifact.manifest.routing.routers.clone();
         let outputs: Vec<Value> = routers
             .iter()
             .map(|router| Value {
-                name: router.value.clone(),
+                name: router.scores.clone(),
                 element: Element::Float(DType::F32),
-                shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(2 * router.decisions)],
+                shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(2 * router.modules.len())],
             })
             .collect();
         let bytes = proto::with_outputs(&artifact.read(names::MODEL)?, &outputs)?;
         let session = Session::from_bytes(runtime, &bytes, &artifact.directory, options)?;
-        let modules = artifact.manifest.routing.routed.clone();
+        let manifest = &artifact.manifest;
+        let emitted = manifest.options.emit_routing;
+        let modules = if emitted { manifest.routing.routed.clone() } else { Vec::new() };
         Ok(Self { decoder: OnnxDecoder::new(session, modules)?, routers })
     }
 
@@ -79,14 +81,15 @@ impl Watched {
         let mut modules = Vec::new();
         let mut margins = Vec::new();
         for (router, scores) in self.routers.iter().zip(scores) {
-            let (value, expected) = (router.value.clone(), [tokens, 2 * router.decisions]);
+            let decisions = router.modules.len();
+            let (value, expected) = (router.scores.clone(), [tokens, 2 * decisions]);
             if scores.shape() != expected {
                 return Err(Error::Scores { value, expected, found: scores.shape().to_vec() });
             }
-            for (slot, module) in &router.modules {
+            for (slot, module) in router.modules.iter().enumerate() {
                 let column = |i| scores.index_axis(Axis(1), i);
                 modules.push(*module);
-                margins.extend(&column(*slot) - &column(router.decisions + slot));
+                margins.extend(&column(slot) - &column(decisions + slot));
             }
         }
         let shape = (modules.len(), shape.0, shape.1);
@@ -104,7 +107,7 @@ impl Decoder for Watched {
     }
 
     fn step(&mut self, input: &Input) -> Result<Output, Error> {
-        let values: Vec<&str> = self.routers.iter().map(|router| router.value.as_str()).collect();
+        let values: Vec<&str> = self.routers.iter().map(|router| router.scores.as_str()).collect();
         let (output, scores) = self.decoder.step_with(input, &values)?;
         let routing = Some(self.routing(input, &scores)?);
         Ok(Output { routing, ..output })

@@ -1,13 +1,12 @@
-//! The reference against independent implementations: the oracle's PyTorch, candle's own Llama.
+//! The reference against independent implementations: the oracle cases, candle's own Llama.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
-use ndarray::{Array2, Array3, ArrayViewD, IxDyn, s};
+use ndarray::{Array3, ArrayViewD, s};
 use skipgpt_export::checkpoint::{self, Checkpoint, Request};
 use skipgpt_export::decoder::{Decoder, Input, Logits, Output};
 use skipgpt_export::model::Reference;
@@ -17,45 +16,7 @@ use skipgpt_passes::plan::Plan;
 use skipgpt_passes::registry::PASSES;
 use skipgpt_passes::validate::validate;
 
-/// Largest difference from the oracle's logits and layer inputs.
-const ATOL: f32 = 1e-4;
-
-fn fixture(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle").join(case)
-}
-
-/// What the oracle computed for a case.
-struct Expected(HashMap<String, Tensor>);
-
-impl Expected {
-    fn of(case: &str) -> Self {
-        let path = fixture(case).join("expected.safetensors");
-        Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
-    }
-
-    fn floats(&self, name: &str) -> ndarray::ArrayD<f32> {
-        let tensor = &self.0[name];
-        let values = tensor.flatten_all().unwrap().to_vec1().unwrap();
-        ndarray::ArrayD::from_shape_vec(IxDyn(tensor.dims()), values).unwrap()
-    }
-
-    fn integers(&self, name: &str) -> Array2<i64> {
-        let tensor = &self.0[name];
-        let values = tensor.to_dtype(candle_core::DType::I64).unwrap().flatten_all().unwrap();
-        let rows = tensor.dims()[0];
-        let values: Vec<i64> = values.to_vec1().unwrap();
-        Array2::from_shape_vec((rows, values.len() / rows), values).unwrap()
-    }
-
-    fn input(&self) -> Input {
-        Input {
-            ids: self.integers("input_ids"),
-            mask: self.integers("attention_mask"),
-            positions: self.integers("position_ids"),
-            logits: Logits::All,
-        }
-    }
-}
+use crate::oracle::{ATOL, CASES, Expected, fixture};
 
 /// The model after each number of passes: with each dispatch, and without fused projections.
 fn every_phase(imported: &Model) -> Vec<(String, Model)> {
@@ -83,7 +44,7 @@ fn every_phase(imported: &Model) -> Vec<(String, Model)> {
 }
 
 /// Largest difference at the input's real positions; both `[…, batch, sequence, width]`.
-fn difference(input: &Input, found: ArrayViewD<'_, f32>, expected: ArrayViewD<'_, f32>) -> f32 {
+fn difference(input: &Input, found: &ArrayViewD<'_, f32>, expected: &ArrayViewD<'_, f32>) -> f32 {
     assert_eq!(found.shape(), expected.shape());
     let rank = found.ndim();
     found
@@ -120,7 +81,7 @@ fn compare(place: &str, model: &Model, checkpoint: &Checkpoint, expected: &Expec
     let input = expected.input();
     let (output, trace) = reference.step_traced(&input).unwrap();
     let logits = expected.floats(&format!("{tag}.logits"));
-    let worst = difference(&input, output.logits.view().into_dyn(), logits.view());
+    let worst = difference(&input, &output.logits.view().into_dyn(), &logits.view());
     assert!(worst < ATOL, "{place}: logits differ by {worst}");
     let routing = output.routing.unwrap();
     if tag == "dense" {
@@ -129,7 +90,7 @@ fn compare(place: &str, model: &Model, checkpoint: &Checkpoint, expected: &Expec
     }
 
     let inputs = expected.floats(&format!("{tag}.layer_inputs"));
-    let worst = difference(&input, trace.inputs.view().into_dyn(), inputs.view());
+    let worst = difference(&input, &trace.inputs.view().into_dyn(), &inputs.view());
     assert!(worst < ATOL, "{place}: layer inputs differ by {worst}");
 
     let layers = trace.layers.len();
@@ -182,23 +143,35 @@ fn case_agrees(case: &str, has_adapter: bool) {
 }
 
 #[test]
-fn oracle_llama_gqa() {
-    case_agrees("llama-gqa", true);
+fn the_reference_computes_what_the_oracle_computed() {
+    for case in CASES {
+        case_agrees(case, fixture(case).join("adapter").exists());
+    }
 }
 
 #[test]
-fn oracle_llama_mha_llama3rope() {
-    case_agrees("llama-mha-llama3rope", true);
+fn oracle_mistral_wide_heads() {
+    case_agrees("mistral-wide-heads", true);
 }
 
 #[test]
-fn oracle_llama_bf16_sharded() {
-    case_agrees("llama-bf16-sharded", false);
+fn oracle_qwen3_head_norm() {
+    case_agrees("qwen3-head-norm", true);
 }
 
 #[test]
-fn oracle_qwen2_bias() {
-    case_agrees("qwen2-bias", true);
+fn oracle_llama_biases_linear_rope() {
+    case_agrees("llama-biases-linear-rope", true);
+}
+
+#[test]
+fn oracle_llama_bf16_rslora() {
+    case_agrees("llama-bf16-rslora", true);
+}
+
+#[test]
+fn oracle_llama_f16() {
+    case_agrees("llama-f16", false);
 }
 
 /// Candle's own Llama, which gives the logits of the last token only.
@@ -244,7 +217,10 @@ fn candle_llama_agrees_on_dense_models() {
         let validated = validate(&checkpoint.model).unwrap();
         let mut reference = Reference::load(validated, &checkpoint.sources).unwrap();
         let tokens = Expected::of(case).input().ids.row(0).to_vec();
-        let all = reference.step(&Input::prompts(&[tokens.clone()], Logits::All)).unwrap().logits;
+        let all = reference
+            .step(&Input::prompts(std::slice::from_ref(&tokens), Logits::All))
+            .unwrap()
+            .logits;
         let llama = Llama::load(&directory);
         for first in [1, 8, tokens.len()] {
             for (row, logits) in llama.run(&tokens, first).into_iter().enumerate() {

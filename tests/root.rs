@@ -1,5 +1,10 @@
 //! Every integration test, in one binary.
 
+mod artifact;
 mod differential;
+mod end_to_end;
+mod errors;
 mod import;
+mod oracle;
 mod runtime;
+mod verification;

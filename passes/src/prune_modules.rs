@@ -41,28 +41,37 @@ impl Pass for PruneModules {
     }
 
     fn apply(&self, model: &mut Model, plan: &Plan) -> Result<Changed, Unsupported> {
-        fits(model, plan)?;
-        let mut changed = false;
-        for layer in &mut model.layers {
-            for kind in [ModuleKind::Attention, ModuleKind::Mlp] {
-                let id = ModuleId { layer: layer.index, kind };
-                if plan.removed.contains(&id) {
-                    changed |= match kind {
-                        ModuleKind::Attention => layer.attention.take().is_some(),
-                        ModuleKind::Mlp => layer.mlp.take().is_some(),
-                    };
-                } else if plan.always.contains(&id)
-                    && let Some(routing) = layer.routing_mut(kind)
-                {
-                    changed |= routing.is_routed();
-                    *routing = Routing::Always;
-                }
+        prune(model, plan)
+    }
+}
+
+/// The rewrite, for models of any phase: a reference has the plan's removals and nothing else.
+///
+/// # Errors
+///
+/// [`Unsupported`] if the plan does not fit the model.
+pub fn prune(model: &mut Model, plan: &Plan) -> Result<Changed, Unsupported> {
+    fits(model, plan)?;
+    let mut changed = false;
+    for layer in &mut model.layers {
+        for kind in [ModuleKind::Attention, ModuleKind::Mlp] {
+            let id = ModuleId { layer: layer.index, kind };
+            if plan.removed.contains(&id) {
+                changed |= match kind {
+                    ModuleKind::Attention => layer.attention.take().is_some(),
+                    ModuleKind::Mlp => layer.mlp.take().is_some(),
+                };
+            } else if plan.always.contains(&id)
+                && let Some(routing) = layer.routing_mut(kind)
+            {
+                changed |= routing.is_routed();
+                *routing = Routing::Always;
             }
         }
-        let layers = model.layers.len();
-        model.layers.retain(|layer| layer.attention.is_some() || layer.mlp.is_some());
-        Ok(Changed::from(changed || layers != model.layers.len()))
     }
+    let layers = model.layers.len();
+    model.layers.retain(|layer| layer.attention.is_some() || layer.mlp.is_some());
+    Ok(Changed::from(changed || layers != model.layers.len()))
 }
 
 /// Refuses a plan that names what is not there, contradicts itself, or leaves no cache.

@@ -134,6 +134,8 @@ pub struct Routing {
     /// The routed modules, in the order of the routing output: layer by layer, attention first.
     #[serde(with = "modules")]
     pub routed: Vec<ModuleId>,
+    /// The graph's values that hold the routers' scores; empty before lowering.
+    pub routers: Vec<Router>,
     /// How routed attention modules skip; absent where there is none, or before lowering.
     #[serde(with = "dispatch")]
     pub attention_dispatch: Option<Dispatch>,
@@ -146,6 +148,16 @@ pub struct Routing {
     /// Modules that lost their router and run for every token.
     #[serde(with = "modules")]
     pub always: Vec<ModuleId>,
+}
+
+/// A value of the graph: `f32` `[tokens, 2 · modules]`, keep scores before skip scores.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Router {
+    /// Its name.
+    pub scores: String,
+    /// Whose scores they are, column by column.
+    #[serde(with = "modules")]
+    pub modules: Vec<ModuleId>,
 }
 
 /// What the graph takes, gives and is made of.
@@ -226,6 +238,15 @@ impl Routing {
                     }
                 }
             }
+        }
+        if model.phase == ir::Phase::Lowered {
+            let routers = crate::onnx::router_scores(model).into_iter();
+            routing.routers = routers
+                .map(|crate::onnx::RouterScores { value, modules }| Router {
+                    scores: value,
+                    modules,
+                })
+                .collect();
         }
         routing
     }

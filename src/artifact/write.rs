@@ -85,20 +85,18 @@ fn write_staged(
     // Reads the inputs from first byte to last beside everything below; stops if that fails.
     let hashes = InputHashes::start(inputs.clone())?;
 
-    let mut outputs = Files { staging: &staging, records: Vec::new() };
+    let mut outputs = Files::new(&staging);
     for path in &copied {
         outputs.copy(path)?;
     }
     if let Some(defaults) = generation.defaults() {
-        let bytes = clients::json(names::GENERATION_CONFIG, &defaults)?;
-        outputs.write(names::GENERATION_CONFIG, &bytes)?;
+        outputs.json(names::GENERATION_CONFIG, &defaults)?;
     }
-    let genai = clients::json(names::GENAI_CONFIG, &generation.genai(&model.config))?;
-    outputs.write(names::GENAI_CONFIG, &genai)?;
+    outputs.json(names::GENAI_CONFIG, &generation.genai(&model.config))?;
     let dtype = request.options.dtype.to_string();
     let metadata = [("dtype", dtype.as_str()), ("min_onnxruntime", request.min_onnxruntime)];
     outputs.write(names::MODEL, &proto::encode(graph, &layout.placements, &metadata)?)?;
-    let mut tracker = Tracker { progress, done: 0, total: layout.total(), stopped: false };
+    let mut tracker = Tracker::new(progress, layout.total());
     outputs.data(&layout, &checkpoint.sources, &mut tracker)?;
     check_linked(&layout, &checkpoint.sources, &mut tracker)?;
     let mut linked = Vec::new();
@@ -123,7 +121,6 @@ fn write_staged(
         };
         outputs.record(name, digest);
     }
-    let input_names = relative_names(&inputs, &checkpoint.directory);
     let mut manifest = Manifest {
         manifest_version: manifest::VERSION,
         tool: manifest::Tool::this(),
@@ -135,24 +132,43 @@ fn write_staged(
         cache_layers: manifest::cache_layers(model),
         work: Work::of(model),
         graph: Some(GraphFacts::of(graph, request.min_onnxruntime)),
-        inputs: input_names.into_iter().zip(digests).map(|(name, d)| record(name, d)).collect(),
+        inputs: records(&inputs, &checkpoint.directory, digests),
         outputs: Vec::new(),
     };
     outputs.write(names::CARD, card::text(&manifest).as_bytes())?;
     manifest.outputs = outputs.finish();
-    let mut last = Files { staging: &staging, records: Vec::new() };
-    last.write(names::MANIFEST, &manifest.to_json()?)?;
+    Files::new(&staging).write(names::MANIFEST, &manifest.to_json()?)?;
     staging.commit()?;
     Ok(manifest)
 }
 
 /// The files of the artifact in the making.
 pub(crate) struct Files<'a> {
-    pub(crate) staging: &'a Staging,
-    pub(crate) records: Vec<FileRecord>,
+    staging: &'a Staging,
+    records: Vec<FileRecord>,
 }
 
-impl Files<'_> {
+impl<'a> Files<'a> {
+    /// None yet.
+    pub(crate) const fn new(staging: &'a Staging) -> Self {
+        Self { staging, records: Vec::new() }
+    }
+
+    /// Starts a file that [`Files::close`] ends.
+    pub(crate) fn create(&self, name: &str) -> Result<Output, Error> {
+        self.staging.create(name)
+    }
+
+    /// What a failed write of file `name` means.
+    pub(crate) fn explain(&self, name: &str, error: io::Error) -> Error {
+        self.staging.explain(name, error)
+    }
+
+    /// Writes a JSON file.
+    pub(crate) fn json(&mut self, name: &str, value: &impl serde::Serialize) -> Result<(), Error> {
+        self.write(name, &clients::json(name, value)?)
+    }
+
     /// Writes a small file.
     pub(crate) fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let mut output = self.staging.create(name)?;
@@ -199,12 +215,12 @@ impl Files<'_> {
         let failed = |error| self.staging.explain(names::DATA, error);
         for (offset, initializer, weight) in &layout.written {
             output.pad_to(*offset).map_err(failed)?;
-            let mut sink = Tracked { inner: &mut output, tracker, failure: None };
+            let mut sink = Tracked::new(&mut output, tracker);
             let result = evaluate(initializer, weight, sources, &mut sink);
-            if let Some(error) = sink.failure.take() {
-                return Err(failed(error));
+            match sink.failure() {
+                Some(error) => return Err(failed(error)),
+                None => result?,
             }
-            result?;
         }
         self.close(output)
     }
@@ -227,7 +243,17 @@ impl Files<'_> {
     }
 }
 
-pub(crate) fn record(name: String, Digest { size, sha256 }: Digest) -> FileRecord {
+/// What the manifest says of the inputs.
+pub(crate) fn records(
+    paths: &[PathBuf],
+    directory: &Path,
+    digests: Vec<Digest>,
+) -> Vec<FileRecord> {
+    let names = relative_names(paths, directory).into_iter();
+    names.zip(digests).map(|(name, digest)| record(name, digest)).collect()
+}
+
+fn record(name: String, Digest { size, sha256 }: Digest) -> FileRecord {
     FileRecord { name, size, sha256 }
 }
 
@@ -238,8 +264,7 @@ fn check_linked(
     tracker: &mut Tracker<'_>,
 ) -> Result<(), Error> {
     for (initializer, weight) in &layout.linked {
-        let mut sink = Tracked { inner: &mut io::sink(), tracker, failure: None };
-        evaluate(initializer, weight, sources, &mut sink)?;
+        evaluate(initializer, weight, sources, &mut Tracked::new(&mut io::sink(), tracker))?;
     }
     Ok(())
 }
@@ -273,18 +298,42 @@ fn evaluate<W: Write>(
 
 /// Counts the bytes of the weights and asks whether to go on.
 pub(crate) struct Tracker<'a> {
-    pub(crate) progress: OnProgress<'a>,
-    pub(crate) done: u64,
-    pub(crate) total: u64,
-    pub(crate) stopped: bool,
+    progress: OnProgress<'a>,
+    done: u64,
+    total: u64,
+    stopped: bool,
+}
+
+impl<'a> Tracker<'a> {
+    /// Nothing done of `total` bytes.
+    pub(crate) fn new(progress: OnProgress<'a>, total: u64) -> Self {
+        Self { progress, done: 0, total, stopped: false }
+    }
+
+    /// Whether the caller said stop.
+    pub(crate) const fn stopped(&self) -> bool {
+        self.stopped
+    }
 }
 
 /// A destination that reports to a [`Tracker`].
 pub(crate) struct Tracked<'a, 'b, W> {
-    pub(crate) inner: &'a mut W,
-    pub(crate) tracker: &'a mut Tracker<'b>,
+    inner: &'a mut W,
+    tracker: &'a mut Tracker<'b>,
     /// Why the destination refused; the evaluator only says that it did.
-    pub(crate) failure: Option<io::Error>,
+    failure: Option<io::Error>,
+}
+
+impl<'a, 'b, W> Tracked<'a, 'b, W> {
+    /// Everything goes on to `inner`.
+    pub(crate) const fn new(inner: &'a mut W, tracker: &'a mut Tracker<'b>) -> Self {
+        Self { inner, tracker, failure: None }
+    }
+
+    /// Why the destination refused, if it did.
+    pub(crate) fn failure(self) -> Option<io::Error> {
+        self.failure
+    }
 }
 
 impl<W: Write> Write for Tracked<'_, '_, W> {
@@ -326,7 +375,7 @@ pub(crate) fn inputs(checkpoint: &Checkpoint) -> (Vec<PathBuf>, Vec<PathBuf>) {
 
 /// Names for the manifest: relative to the checkpoint, or, outside it, the shortest end of the
 /// path that no other input has.
-pub(crate) fn relative_names(paths: &[PathBuf], directory: &Path) -> Vec<String> {
+pub(super) fn relative_names(paths: &[PathBuf], directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = Vec::with_capacity(paths.len());
     for path in paths {
         if let Ok(inside) = path.strip_prefix(directory) {

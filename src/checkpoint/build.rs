@@ -6,7 +6,7 @@ use skipgpt_passes::ir::{
 };
 use skipgpt_passes::validate::validate;
 
-use super::catalog::Catalog;
+use super::catalog::{self, Catalog};
 use super::config::Config;
 use super::names::{self, EMBEDDING, HEAD, NORM};
 use super::peft::Adapter;
@@ -92,7 +92,13 @@ impl Parts {
     }
 
     fn weight(&mut self, name: &str, shape: &[usize]) -> Result<Weight> {
-        Ok(Weight::Stored(self.base.take(name, shape, &mut self.sources)?))
+        match self.base.take(name, shape, &mut self.sources) {
+            Ok(stored) => Ok(Weight::Stored(stored)),
+            Err(catalog::Error::Missing { path: directory, name, shape }) => {
+                Err(Error::Missing { directory, name, shape })
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn head_norm(&mut self, present: bool, name: &str, width: usize) -> Result<Option<Weight>> {
@@ -101,10 +107,8 @@ impl Parts {
 
     fn linear(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
         let weight = self.weight(&format!("{name}.weight"), &shape)?;
-        let bias = match bias {
-            true => Some(self.weight(&format!("{name}.bias"), &shape[..1])?),
-            false => None,
-        };
+        let bias =
+            if bias { Some(self.weight(&format!("{name}.bias"), &shape[..1])?) } else { None };
         Ok(Linear { weight, bias, lora: self.lora(name, shape)? })
     }
 

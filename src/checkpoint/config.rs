@@ -101,7 +101,7 @@ pub enum Conflict {
     /// The base of the rotary frequencies is stated twice, differently.
     #[error("rope_theta is stated twice, as {0} and as {1}; remove one")]
     Theta(f64, f64),
-    /// Both forms of RoPE settings.
+    /// Both forms of `RoPE` settings.
     #[error("rope_scaling and rope_parameters are both there; remove one")]
     RopeTwice,
     /// The ramp between low and high frequencies has no width.

@@ -123,12 +123,11 @@ fn routed(module: &str, rest: &[&str]) -> Option<ModuleKind> {
 
 /// Target and side of `<target>.lora_A.weight` and `<target>.lora_A.<adapter's name>.weight`.
 fn adapter<'a>(segments: &'a [&'a str]) -> Option<(&'a [&'a str], &'a str)> {
-    let (target, side) = match segments {
+    match segments {
         [target @ .., side @ ("lora_A" | "lora_B"), "weight"]
-        | [target @ .., side @ ("lora_A" | "lora_B"), _, "weight"] => (target, side),
-        _ => return None,
-    };
-    Some((target, side))
+        | [target @ .., side @ ("lora_A" | "lora_B"), _, "weight"] => Some((target, side)),
+        _ => None,
+    }
 }
 
 /// What an adapter's tensor shows that is not read.

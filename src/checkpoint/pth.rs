@@ -5,20 +5,20 @@
 //! refused by name, and only then does candle's reader see the file. The walk is as strict as that
 //! reader is lenient, so nothing is ever dropped unseen.
 
+mod container;
 mod scan;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use candle_core as candle;
 use candle_core::pickle::PthTensors;
-use zip::{CompressionMethod, ZipArchive};
 
 use super::files;
+use container::Container;
 
 pub use scan::Error as PickleError;
 
@@ -39,7 +39,7 @@ pub enum Error {
         /// What went wrong.
         source: io::Error,
     },
-    /// `torch.save` from before PyTorch 1.6, or its old format asked for.
+    /// `torch.save` from before `PyTorch` 1.6, or its old format asked for.
     #[error("{}: PyTorch's old format (a bare pickle); load it and save it again with torch.save(…), which writes a zip archive since PyTorch 1.6", path.display())]
     Legacy {
         /// The file.
@@ -119,7 +119,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// candle's word.
-        source: candle::Error,
+        source: Box<candle::Error>,
     },
     /// candle's reader refused a tensor that the walk let through.
     #[error("{}: tensor {name} cannot be read: {source}", path.display())]
@@ -129,7 +129,7 @@ pub enum Error {
         /// The tensor.
         name: String,
         /// candle's word.
-        source: candle::Error,
+        source: Box<candle::Error>,
     },
 }
 
@@ -166,7 +166,7 @@ impl Archive {
     /// damaged.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let (file, _) = files::open(path)?;
-        let mut zip = Zip::open(path, file)?;
+        let mut zip = Container::open(path, file)?;
         let (prefix, pickle) = zip.pickle()?;
         zip.check_byte_order(&prefix)?;
         let found = scan::scan(&pickle)
@@ -175,7 +175,7 @@ impl Archive {
             zip.check_storage(&prefix, tensor)?;
         }
         let tensors = PthTensors::new(path, None)
-            .map_err(|source| Error::Reader { path: path.to_owned(), source })?;
+            .map_err(|source| Error::Reader { path: path.to_owned(), source: source.into() })?;
         let entries = found
             .into_iter()
             .map(|tensor| Entry { name: tensor.name, shape: tensor.shape, dtype: tensor.dtype })
@@ -206,7 +206,7 @@ impl Archive {
     }
 
     fn error(&self, name: &str, source: candle::Error) -> Error {
-        Error::Tensor { path: self.path.clone(), name: name.to_owned(), source }
+        Error::Tensor { path: self.path.clone(), name: name.to_owned(), source: source.into() }
     }
 }
 
@@ -235,99 +235,4 @@ fn little_endian(tensor: &candle::Tensor) -> candle::Result<Vec<u8>> {
         candle::DType::BF16 => bytes(&flat.to_vec1()?, half::bf16::to_le_bytes),
         _ => bytes(&flat.to_vec1()?, f32::to_le_bytes),
     })
-}
-
-/// An archive's directory.
-struct Zip<'a> {
-    path: &'a Path,
-    archive: ZipArchive<BufReader<File>>,
-}
-
-impl<'a> Zip<'a> {
-    fn open(path: &'a Path, mut file: File) -> Result<Self, Error> {
-        let io = |source| Error::Read { path: path.to_owned(), source };
-        let mut magic = Vec::new();
-        file.by_ref().take(2).read_to_end(&mut magic).map_err(io)?;
-        match magic[..] {
-            [b'P', b'K'] => {}
-            // The protocol mark every pickle begins with.
-            [0x80, ..] => return Err(Error::Legacy { path: path.to_owned() }),
-            _ => return Err(Error::NotPth { path: path.to_owned() }),
-        }
-        let archive = ZipArchive::new(BufReader::new(file))
-            .map_err(|source| Error::Zip { path: path.to_owned(), source })?;
-        Ok(Self { path, archive })
-    }
-
-    /// The folder `torch.save` put everything in, and the one pickle.
-    fn pickle(&mut self) -> Result<(String, Vec<u8>), Error> {
-        let names: Vec<String> = self
-            .archive
-            .file_names()
-            .map(|name| name.map(std::borrow::Cow::into_owned))
-            .collect::<Result<_, _>>()
-            .map_err(|source| Error::Zip { path: self.path.to_owned(), source })?;
-        // candle's reader takes every entry that ends so.
-        let pickles: Vec<_> = names.iter().filter(|name| name.ends_with("data.pkl")).collect();
-        let invalid = || Error::Pickles { path: self.path.to_owned(), found: pickles.len() };
-        let [pickle] = pickles[..] else { return Err(invalid()) };
-        let prefix = pickle.strip_suffix("/data.pkl").ok_or_else(invalid)?.to_owned();
-        let pickle = pickle.clone();
-        let size = self.size(&pickle)?.unwrap_or_default();
-        if size > PICKLE_LIMIT {
-            return Err(Error::PickleTooLarge { path: self.path.to_owned(), size });
-        }
-        Ok((prefix, self.entry(&pickle, PICKLE_LIMIT)?))
-    }
-
-    /// Size of a plainly stored entry; `None` if there is none of that name.
-    fn size(&mut self, name: &str) -> Result<Option<u64>, Error> {
-        let zip = |source| Error::Zip { path: self.path.to_owned(), source };
-        let Some(index) = self.archive.index_for_name(name) else { return Ok(None) };
-        let entry = self.archive.by_index_raw(index).map_err(zip)?;
-        let plain = entry.compression() == CompressionMethod::Stored
-            && entry.size() == entry.compressed_size()
-            && !entry.encrypted();
-        if plain {
-            Ok(Some(entry.size()))
-        } else {
-            Err(Error::Compressed { path: self.path.to_owned(), entry: name.to_owned() })
-        }
-    }
-
-    /// The bytes of an entry, `limit` at most.
-    fn entry(&mut self, name: &str, limit: u64) -> Result<Vec<u8>, Error> {
-        let zip = |source| Error::Zip { path: self.path.to_owned(), source };
-        let entry = self.archive.by_name(name).map_err(zip)?;
-        let mut bytes = Vec::new();
-        entry
-            .take(limit)
-            .read_to_end(&mut bytes)
-            .map_err(|source| Error::Read { path: self.path.to_owned(), source })?;
-        Ok(bytes)
-    }
-
-    fn check_byte_order(&mut self, prefix: &str) -> Result<(), Error> {
-        let name = format!("{prefix}/byteorder");
-        if self.size(&name)?.is_none() {
-            return Ok(()); // PyTorch 2.0 and older do not write it, and write little-endian.
-        }
-        let found = self.entry(&name, 16)?;
-        if found == b"little" {
-            return Ok(());
-        }
-        let found = String::from_utf8_lossy(&found).into_owned();
-        Err(Error::ByteOrder { path: self.path.to_owned(), found })
-    }
-
-    /// Whether the archive holds the bytes of `tensor`, which is allocated before it is read.
-    fn check_storage(&mut self, prefix: &str, tensor: &scan::Tensor) -> Result<(), Error> {
-        let entry = format!("{prefix}/data/{}", tensor.storage);
-        let (expected, found) = (tensor.end, self.size(&entry)?.unwrap_or_default());
-        if expected <= found {
-            return Ok(());
-        }
-        let (path, name) = (self.path.to_owned(), tensor.name.clone());
-        Err(Error::Storage { path, name, entry, expected, found })
-    }
 }

@@ -101,7 +101,7 @@ pub enum Error {
         /// Its shape.
         shape: Vec<usize>,
         /// Its dtype, as the format writes it.
-        dtype: String,
+        dtype: Dtype,
         /// Bytes it needs.
         expected: u64,
         /// First byte, counted from the header's end.
@@ -119,7 +119,7 @@ pub enum Error {
         /// Its shape.
         shape: Vec<usize>,
         /// Its dtype, as the format writes it.
-        dtype: String,
+        dtype: Dtype,
     },
     /// A range ends after the file does.
     #[error("{}: tensor {name} ends at byte {end} of the data; the file holds {size}. The file is truncated: fetch it again", path.display())]
@@ -198,7 +198,7 @@ pub(super) fn read(path: &Path) -> Result<(File, Vec<Tensor>), Error> {
 fn parse(path: &Path, text: &[u8], base: u64, size: u64) -> Result<Vec<Tensor>, Error> {
     let Entries(mut entries) = serde_json::from_slice(text)
         .map_err(|source| Error::Header { path: path.to_owned(), source })?;
-    entries.sort_by(|(_, a), (_, b)| a.data_offsets.cmp(&b.data_offsets));
+    entries.sort_by_key(|(_, info)| info.data_offsets);
     let mut seen = std::collections::BTreeSet::new();
     for (name, _) in &entries {
         if !seen.insert(name) {
@@ -243,11 +243,10 @@ fn check(path: &Path, name: &str, info: &Info, size: u64) -> Result<Dtype, Error
     let (start, end) = info.data_offsets;
     let bits = shape.iter().try_fold(dtype.bitsize(), |bits, d| bits.checked_mul(*d));
     let Some(bits) = bits.filter(|bits| bits % 8 == 0) else {
-        return Err(Error::Overflow { path, name, shape, dtype: info.dtype.clone() });
+        return Err(Error::Overflow { path, name, shape, dtype });
     };
     let expected = bits as u64 / 8;
     if end.checked_sub(start) != Some(expected) {
-        let dtype = info.dtype.clone();
         return Err(Error::Length { path, name, shape, dtype, expected, start, end });
     }
     if end > size {

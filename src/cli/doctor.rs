@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
-    let report = doctor::examine(arguments.onnxruntime.as_deref())?;
+    let report = doctor::examine(arguments.onnxruntime.as_deref());
     screen::report(&report, &arguments.report)?;
-    Ok(if report.healthy() { Verdict::Holds } else { Verdict::Fails })
+    Ok(if report.is_healthy() { Verdict::Holds } else { Verdict::Fails })
 }

@@ -34,19 +34,19 @@ pub(crate) struct Arguments {
     report: ReportArguments,
 }
 
-pub(crate) fn run(arguments: Arguments) -> Result<Verdict> {
+pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     match (&arguments.artifact, &arguments.checkpoint.model) {
         (Some(directory), None) => {
             let artifact = sources::artifact(directory)?;
             let tokenizer = Tokenizer::open(directory)?;
             let mut decoder = sources::watched(&artifact, &arguments.runtime)?;
-            measure(&arguments, &tokenizer, &mut decoder)
+            measure(arguments, &tokenizer, &mut decoder)
         }
         (None, Some(_)) => {
             let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
             let tokenizer = Tokenizer::open(&checkpoint.directory)?;
             let mut decoder = sources::reference(&checkpoint)?;
-            measure(&arguments, &tokenizer, &mut decoder)
+            measure(arguments, &tokenizer, &mut decoder)
         }
         _ => bail!("eval takes either an artifact or --model DIR"),
     }
@@ -57,7 +57,7 @@ fn measure<D: Decoder>(
     tokenizer: &Tokenizer,
     decoder: &mut D,
 ) -> Result<Verdict> {
-    let tokens = sources::token_ids(tokenizer, &arguments.perplexity)?;
+    let tokens = sources::tokens(tokenizer, &arguments.perplexity)?;
     let options = eval::Options {
         window: arguments.window,
         stride: arguments.stride,

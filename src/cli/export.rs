@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
-use skipgpt_export::profile::Profile;
+use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan};
 use skipgpt_passes::ir::{DType, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
@@ -142,7 +142,7 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     if let Some(path) = &arguments.plan {
         return Ok(artifact::manifest::read_plan(path)?);
     }
-    let profile = arguments.profile.as_deref().map(read_profile).transpose()?;
+    let profile = arguments.profile.as_deref().map(profile::read::read).transpose()?;
     let choices = plan::Choices {
         dispatch: arguments.dispatch.into(),
         rearrange: !link,
@@ -150,10 +150,6 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
         always_above: arguments.always_above,
     };
     Ok(plan::build(&checkpoint.model.config, choices, profile.as_ref())?)
-}
-
-fn read_profile(path: &Path) -> Result<Profile> {
-    Profile::read(path).with_context(|| format!("{}: cannot be used", path.display()))
 }
 
 /// Runs the passes, showing the IR where that was asked for.

@@ -16,7 +16,7 @@ pub(crate) struct Arguments {
     /// The directory to create
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// config.json of the model (needed for .pth, which carries none)
+    /// config.json of the model, for a .pth, which carries none
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// How weights are stored

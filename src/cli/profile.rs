@@ -30,16 +30,15 @@ pub(crate) struct Arguments {
     force: bool,
 }
 
-pub(crate) fn run(arguments: Arguments) -> Result<Verdict> {
+pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     if arguments.output.exists() && !arguments.force {
         bail!("{}: already exists; --force replaces it", arguments.output.display());
     }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
-    let tokens = sources::token_ids(&tokenizer, &arguments.text)?;
+    let tokens = sources::tokens(&tokenizer, &arguments.text)?;
     let mut reference = sources::reference(&checkpoint)?;
-    let options =
-        eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
+    let options = eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
     let bar = screen::count("profiling");
     let config = &checkpoint.model.config;
     let profile = profile::measure(&mut reference, config, &tokens, options, |done, windows| {

@@ -31,7 +31,11 @@ pub(crate) fn catch_interrupts() -> Result<()> {
 
 /// Whether to go on.
 pub(crate) fn go_on() -> ControlFlow<()> {
-    if INTERRUPTED.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        ControlFlow::Break(())
+    } else {
+        ControlFlow::Continue(())
+    }
 }
 
 /// A bar over bytes; invisible where standard error is no terminal.
@@ -45,7 +49,8 @@ pub(crate) fn count(label: &'static str) -> ProgressBar {
 }
 
 fn bar(label: &'static str, template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style =
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style).with_prefix(label)
 }
 

@@ -1,13 +1,14 @@
 //! From arguments to the things they name: checkpoints, references, artifacts, text.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use skipgpt_export::artifact::{self, Artifact};
 use skipgpt_export::checkpoint::{self, Checkpoint};
 use skipgpt_export::model::Reference;
-use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Version, session};
+use skipgpt_export::runtime::{Runtime, Version, session};
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::watch::Watched;
 use skipgpt_passes::validate;
 
 use super::{CheckpointArguments, Provider, RuntimeArguments, screen};
@@ -16,7 +17,7 @@ use super::{CheckpointArguments, Provider, RuntimeArguments, screen};
 pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> {
     let model = arguments.model.as_deref().context("--model DIR is needed: the checkpoint")?;
     Ok(checkpoint::read(&checkpoint::Request {
-        model,
+        model: Some(model),
         router: arguments.router.as_deref(),
         adapter: arguments.adapter.as_deref(),
         lora_alpha: arguments.lora_alpha,
@@ -58,22 +59,29 @@ pub(crate) fn artifact(directory: &Path) -> Result<Artifact> {
     Ok(artifact)
 }
 
-/// The artifact under ONNX Runtime, as shipped.
-pub(crate) fn decoder(artifact: &Artifact, arguments: &RuntimeArguments) -> Result<OnnxDecoder> {
+/// The artifact under ONNX Runtime, reporting its decisions.
+pub(crate) fn watched(artifact: &Artifact, arguments: &RuntimeArguments) -> Result<Watched> {
     let runtime = runtime(arguments, artifact)?;
-    let path = artifact.path(artifact::names::MODEL);
-    let session = Session::open(&runtime, &path, &session_options(arguments))?;
-    Ok(OnnxDecoder::new(session, artifact.manifest.routing.routed.clone())?)
+    Ok(Watched::open(artifact, &runtime, &session_options(arguments))?)
 }
 
-/// The tokens of a text file, without special tokens.
-pub(crate) fn tokens(tokenizer: &Tokenizer, files: &[impl AsRef<Path>]) -> Result<Vec<i64>> {
+/// The tokens of text files, one after the other, without special tokens.
+pub(crate) fn tokens(tokenizer: &Tokenizer, files: &[PathBuf]) -> Result<Vec<u32>> {
     let mut tokens = Vec::new();
     for file in files {
-        let file = file.as_ref();
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("{}: cannot be read as UTF-8 text", file.display()))?;
-        tokens.extend(tokenizer.encode(&text, false)?);
+        let ids = tokenizer.encode(&read(file)?, false)?;
+        tokens.extend(ids.into_iter().filter_map(|id| u32::try_from(id).ok()));
     }
     Ok(tokens)
+}
+
+/// The prompts of a text file, one a line, blank lines left out.
+pub(crate) fn prompts(path: &Path) -> Result<Vec<String>> {
+    let text = read(path)?;
+    Ok(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect())
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path)
+        .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))
 }

@@ -39,22 +39,23 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let artifact = sources::artifact(&arguments.artifact)?;
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = &artifact.manifest.plan;
-
-    let mut lowered = checkpoint.model.clone();
-    skipgpt_passes::run(skipgpt_passes::PASSES, &mut lowered, plan, |_, _| ())
-        .context("the artifact's plan does not fit this checkpoint")?;
     let runtime = sources::runtime(&arguments.runtime, &artifact)?;
     let session = sources::session_options(&arguments.runtime);
-    let mut watched = Watched::open(&artifact, &lowered, &runtime, &session)?;
+    let mut watched = Watched::open(&artifact, &runtime, &session)?;
 
     // The reference runs what was imported, adapter unmerged; only removals are the plan's.
     let mut imported = checkpoint.model.clone();
-    prune_modules::prune(&mut imported, plan)?;
+    prune_modules::prune(&mut imported, plan)
+        .context("the artifact's plan does not fit this checkpoint")?;
     let checkpoint = skipgpt_export::checkpoint::Checkpoint { model: imported, ..checkpoint };
     let mut reference = sources::reference(&checkpoint)?;
 
     let prompts = match &arguments.prompts {
-        Some(path) => sources::prompts(&Tokenizer::open(&arguments.artifact)?, path)?,
+        Some(path) => {
+            let tokenizer = Tokenizer::open(&arguments.artifact)?;
+            let prompts = sources::prompts(path)?;
+            prompts.iter().map(|prompt| tokenizer.encode(prompt, true)).collect::<Result<_, _>>()?
+        }
         None => Vec::new(),
     };
     let options = verify::Options {
@@ -68,12 +69,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         )
     };
     let bar = screen::count("verifying");
-    let report =
-        verify::run(&mut reference, &mut watched, &prompts, &options, &mut |progress| {
-            bar.set_length(progress.cases as u64);
-            bar.set_position(progress.case as u64);
-            bar.set_message(progress.name.to_owned());
-        })?;
+    let report = verify::run(&mut reference, &mut watched, &prompts, &options, &mut |progress| {
+        bar.set_length(progress.steps as u64);
+        bar.set_position(progress.step as u64);
+        bar.set_message(progress.case.to_owned());
+    })?;
     bar.finish_and_clear();
     screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })

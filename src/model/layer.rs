@@ -78,8 +78,8 @@ impl Routers<'_> {
             }
         };
         let own = own.squeeze(1)?;
-        let module = ModuleId { layer: self.layer, kind };
-        let rows = Rows::new(self.step.forced(module).unwrap_or(&own), *dispatch)?;
+        let followed = self.step.followed(ModuleId { layer: self.layer, kind });
+        let rows = Rows::new(followed.unwrap_or(&own), *dispatch)?;
         margins.push((kind, own));
         Ok(rows)
     }

@@ -129,3 +129,57 @@ impl Rows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use candle_core::Device;
+
+    use super::*;
+
+    fn rows(margins: &[f32], dispatch: Option<Dispatch>) -> Rows {
+        Rows::new(&Tensor::new(margins, &Device::Cpu).unwrap(), dispatch).unwrap()
+    }
+
+    /// The rows of `[[10], [11], [12]]` that are computed, and the residual after 1 is added to each.
+    fn run(rows: &Rows) -> (Vec<f32>, Vec<f32>) {
+        let x = Tensor::new(&[[10.0_f32], [11.0], [12.0]], &Device::Cpu).unwrap();
+        let computed = rows.gather(&x).unwrap();
+        let ones = computed.ones_like().unwrap();
+        let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
+        (flat(computed), flat(rows.add(&x, &ones).unwrap()))
+    }
+
+    #[test]
+    fn each_dispatch_computes_its_rows_and_a_tie_keeps() {
+        let margins = [0.0, -0.5, f32::MIN_POSITIVE];
+        let (all, kept) = (vec![10.0, 11.0, 12.0], vec![10.0, 12.0]);
+        let after = vec![11.0, 11.0, 13.0];
+        for (dispatch, computed) in [
+            (None, &all),
+            (Some(Dispatch::Masked), &all),
+            (Some(Dispatch::Gathered), &kept),
+            (Some(Dispatch::Conditional), &kept),
+        ] {
+            assert_eq!(run(&rows(&margins, dispatch)), (computed.clone(), after.clone()));
+        }
+        assert_eq!(run(&Rows::All).1, [11.0, 12.0, 13.0]);
+    }
+
+    #[test]
+    fn only_conditional_leaves_the_branch_out() {
+        let none = [-1.0, -f32::MIN_POSITIVE, f32::NAN];
+        assert!(matches!(rows(&none, Some(Dispatch::Conditional)), Rows::None));
+        let gathered = rows(&none, Some(Dispatch::Gathered));
+        assert_eq!(run(&gathered), (vec![], vec![10.0, 11.0, 12.0]));
+    }
+
+    #[test]
+    fn spread_puts_rows_where_they_came_from() {
+        let rows = rows(&[1.0, -1.0, 1.0], Some(Dispatch::Gathered));
+        let computed = Tensor::new(&[[5.0_f32, 6.0], [7.0, 8.0]], &Device::Cpu).unwrap();
+        let spread: Vec<Vec<f32>> = rows.spread(&computed, 3).unwrap().to_vec2().unwrap();
+        assert_eq!(spread, [[5.0, 6.0], [0.0, 0.0], [7.0, 8.0]]);
+    }
+}

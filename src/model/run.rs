@@ -7,7 +7,7 @@ use skipgpt_passes::ir::ModuleId;
 use super::cache::Cache;
 use super::step::Step;
 use super::{Error, Reference, Trace};
-use crate::decoder::{self, CacheEntry, Decoder, Input, Logits, Output, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, Logits, Output, Routing};
 
 /// A step's results, as tensors.
 struct Results {
@@ -58,13 +58,8 @@ impl Decoder for Reference {
     }
 }
 
-impl decoder::Reference for Reference {
+impl Follow for Reference {
     fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Error> {
-        let expected = (routing.modules.len(), input.batch(), input.sequence());
-        let found = routing.margins.dim();
-        if found != expected {
-            return Err(Error::Routing { found, expected });
-        }
         let results = self.run(input, Some(routing), false)?;
         output(input, &results)
     }
@@ -93,11 +88,18 @@ impl Reference {
     fn run(
         &mut self,
         input: &Input,
-        forced: Option<&Routing>,
+        follow: Option<&Routing>,
         trace: bool,
     ) -> Result<Results, Error> {
         self.check(input)?;
-        let results = self.forward(input, forced, trace);
+        if let Some(routing) = follow {
+            let expected = (routing.modules.len(), input.batch(), input.sequence());
+            let found = routing.margins.dim();
+            if found != expected {
+                return Err(Error::Followed { found, expected });
+            }
+        }
+        let results = self.forward(input, follow, trace);
         if results.is_ok() {
             self.cached = (input.batch(), input.mask.ncols());
         } else {
@@ -110,12 +112,15 @@ impl Reference {
     fn forward(
         &mut self,
         input: &Input,
-        forced: Option<&Routing>,
+        follow: Option<&Routing>,
         trace: bool,
     ) -> Result<Results, Error> {
         let groups = self.config.num_attention_heads / self.config.num_key_value_heads;
-        let step =
-            Step::new(input, &self.frequencies, groups, &self.options, forced).map_err(compute(None))?;
+        let mut step =
+            Step::new(input, &self.frequencies, groups, &self.options).map_err(compute(None))?;
+        if let Some(routing) = follow {
+            step.follow(routing, &self.options.device).map_err(compute(None))?;
+        }
         let mut state = self.embed(input).map_err(compute(None))?;
         let mut results_margins = Vec::new();
         let mut layer_inputs = Vec::new();

@@ -1,6 +1,7 @@
 //! What every layer of one step shares: who may attend to whom, and the rotary tables.
 
 use candle_core::{DType, Device, Result, Tensor};
+use ndarray::Axis;
 use skipgpt_passes::ir::ModuleId;
 
 use super::Options;
@@ -24,8 +25,8 @@ pub struct Step {
     pub mask: Option<Tensor>,
     /// Which form of the operations is used.
     pub kernels: Kernels,
-    /// Margins that decide in place of the routers' own, `[rows]` each.
-    pub forced: Vec<(ModuleId, Tensor)>,
+    /// Margins `[rows]` that decide in place of a module's own router.
+    follow: Vec<(ModuleId, Tensor)>,
 }
 
 impl Step {
@@ -35,7 +36,6 @@ impl Step {
         frequencies: &[f32],
         groups: usize,
         options: &Options,
-        forced: Option<&Routing>,
     ) -> Result<Self> {
         let (batch, sequence) = (input.batch(), input.sequence());
         let (cos, sin) = rope::tables(frequencies, input.positions.iter().copied());
@@ -51,17 +51,25 @@ impl Step {
             sin: table(sin)?,
             mask: attention_mask(input, groups, &options.device)?,
             kernels: options.kernels,
-            forced: forced.map_or(Ok(Vec::new()), |routing| margins(routing, &options.device))?,
+            follow: Vec::new(),
         })
     }
 
-    /// Number of new tokens of all rows.
-    /// The margins that decide for `module` in place of its router's own.
-    pub fn forced(&self, module: ModuleId) -> Option<&Tensor> {
-        self.forced.iter().find(|(id, _)| *id == module).map(|(_, margins)| margins)
+    /// From here on the modules of `routing`, `[modules, batch, sequence]`, keep what it keeps.
+    pub(super) fn follow(&mut self, routing: &Routing, device: &Device) -> Result<()> {
+        for (&id, margins) in routing.modules.iter().zip(routing.margins.axis_iter(Axis(0))) {
+            let margins = Tensor::from_iter(margins.iter().copied(), device)?;
+            self.follow.push((id, margins));
+        }
+        Ok(())
     }
 
-    /// Number of new tokens in all rows of the batch.
+    /// The margins `[rows]` that decide for a module in place of its own router's.
+    pub fn followed(&self, id: ModuleId) -> Option<&Tensor> {
+        self.follow.iter().find(|(module, _)| *module == id).map(|(_, margins)| margins)
+    }
+
+    /// Number of new tokens of all rows.
     pub const fn rows(&self) -> usize {
         self.batch * self.sequence
     }
@@ -93,14 +101,6 @@ fn attention_mask(input: &Input, groups: usize, device: &Device) -> Result<Optio
     }
     let mask = Tensor::from_vec(mask, (batch, 1, groups * sequence, total), &Device::Cpu)?;
     Ok(Some(mask.to_device(device)?.to_dtype(DType::F32)?))
-}
-
-/// Each module's margins on the device, `[rows]`.
-fn margins(routing: &Routing, device: &Device) -> Result<Vec<(ModuleId, Tensor)>> {
-    let modules = routing.modules.iter().zip(routing.margins.outer_iter());
-    modules
-        .map(|(id, margins)| Ok((*id, Tensor::from_iter(margins.iter().copied(), device)?)))
-        .collect()
 }
 
 #[cfg(test)]

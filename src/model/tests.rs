@@ -319,3 +319,17 @@ fn arrays_that_do_not_belong_together_are_refused() {
     assert_eq!(reference.cache().unwrap()[0].key.dim().2, 3);
     reference.step(&good.then(&[4])).unwrap();
 }
+
+#[test]
+fn half_precision_is_near() {
+    let (imported, sources) = build(Parts { routed: false, ..FULL });
+    let options = Options { dtype: DType::F16, ..Options::default() };
+    let validated = validate(&imported).unwrap();
+    let mut reference = Reference::load_with(validated, &sources, options).unwrap();
+    let input = Input::prompts(&[TOKENS.to_vec()], Logits::All);
+    let found = reference.step(&input).unwrap().logits;
+    let expected = naive::run(&imported, &sources, &TOKENS).logits.concat();
+    let worst =
+        found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+    assert!(worst > TOLERANCE && worst < 0.05, "{worst}");
+}

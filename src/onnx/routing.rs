@@ -1,6 +1,8 @@
 //! Routers: scores, decisions, and the rows they keep.
 
-use skipgpt_passes::ir::{DType, Dispatch, Layer, Linear, ModuleId, Routing, SharedRouter, Source};
+use skipgpt_passes::ir::{
+    DType, Dispatch, Layer, Linear, Model, ModuleId, Routing, SharedRouter, Source,
+};
 
 use super::builder::{Builder, Name};
 use super::graph::Attribute;
@@ -42,12 +44,10 @@ pub(super) struct Rows {
 /// Where a router's scores are found in the graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterScores {
-    /// The value's name: `f32` `[tokens, 2 · decisions]`, keep scores before skip scores.
+    /// The value's name: `f32` `[tokens, 2 · modules]`, keep scores before skip scores.
     pub value: String,
-    /// How many decisions it makes.
-    pub decisions: usize,
-    /// Which decision is whose.
-    pub modules: Vec<(usize, ModuleId)>,
+    /// Whose scores they are, column by column.
+    pub modules: Vec<ModuleId>,
 }
 
 /// Every router of a lowered model, in the order of its modules.
@@ -55,17 +55,13 @@ pub fn router_scores(model: &Model) -> Vec<RouterScores> {
     let mut routers: Vec<RouterScores> = Vec::new();
     for module in model.routed_modules() {
         let Some(Routing::Routed { source, .. }) = model.routing(module) else { continue };
-        let (value, decisions, slot) = match source {
-            Source::Own(_) => (scores_of(&module.to_string()), 1, 0),
-            Source::Shared { slot } => {
-                let router = model.layer(module.layer).and_then(|layer| layer.router.as_ref());
-                let decisions = router.map_or(1, |router| router.decisions);
-                (scores_of(&format!("layers.{}", module.layer)), decisions, *slot)
-            }
+        let (value, slot) = match source {
+            Source::Own(_) => (scores_of(&module.to_string()), 0),
+            Source::Shared { slot } => (scores_of(&format!("layers.{}", module.layer)), *slot),
         };
         match routers.last_mut().filter(|last| last.value == value) {
-            Some(last) => last.modules.push((slot, module)),
-            None => routers.push(RouterScores { value, decisions, modules: vec![(slot, module)] }),
+            Some(last) => last.modules.insert(slot.min(last.modules.len()), module),
+            None => routers.push(RouterScores { value, modules: vec![module] }),
         }
     }
     routers

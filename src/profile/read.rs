@@ -100,7 +100,7 @@ struct Implausible {
     expected: String,
 }
 
-fn wrong(field: String, found: impl ToString, expected: &str) -> Implausible {
+fn wrong(field: String, found: &impl ToString, expected: &str) -> Implausible {
     Implausible { field, found: found.to_string(), expected: expected.to_owned() }
 }
 
@@ -108,13 +108,17 @@ fn plausible(profile: &Profile) -> Result<(), Implausible> {
     const SHARE: &str = "a share is in 0..=1";
     let share = |value: f64| (0.0..=1.0).contains(&value);
     if profile.window == 0 {
-        return Err(wrong("window".to_owned(), 0, "a window has at least 1 token"));
+        return Err(wrong("window".to_owned(), &0, "a window has at least 1 token"));
     }
     let mut next = 0;
     for (i, range) in profile.positions.iter().enumerate() {
         if range.from != next || range.to <= range.from {
             let found = format!("{}..{}", range.from, range.to);
-            return Err(wrong(format!("positions[{i}]"), found, "ranges follow each other from 0"));
+            return Err(wrong(
+                format!("positions[{i}]"),
+                &found,
+                "ranges follow each other from 0",
+            ));
         }
         next = range.to;
     }
@@ -122,33 +126,33 @@ fn plausible(profile: &Profile) -> Result<(), Implausible> {
     let all = [("attention", skipped.attention), ("mlp", skipped.mlp), ("all", skipped.all)];
     for (kind, value) in all {
         if let Some(value) = value.filter(|value| !share(*value)) {
-            return Err(wrong(format!("skipped.{kind}"), value, SHARE));
+            return Err(wrong(format!("skipped.{kind}"), &value, SHARE));
         }
     }
     for (i, module) in profile.modules.iter().enumerate() {
         let id = module.module;
         if id.layer >= profile.model.num_hidden_layers {
             let expected = format!("the model has {} layers", profile.model.num_hidden_layers);
-            return Err(wrong(format!("modules[{i}].module"), id, &expected));
+            return Err(wrong(format!("modules[{i}].module"), &id, &expected));
         }
         if i > 0 && profile.modules[i - 1].module >= id {
             let expected = "modules stand in order, each once";
-            return Err(wrong(format!("modules[{i}].module"), id, expected));
+            return Err(wrong(format!("modules[{i}].module"), &id, expected));
         }
         if !share(module.keep) {
-            return Err(wrong(format!("modules[{i}].keep"), module.keep, SHARE));
+            return Err(wrong(format!("modules[{i}].keep"), &module.keep, SHARE));
         }
         if let Some(j) = module.by_position.iter().position(|rate| !share(*rate)) {
             return Err(wrong(
                 format!("modules[{i}].by_position[{j}]"),
-                module.by_position[j],
+                &module.by_position[j],
                 SHARE,
             ));
         }
         if module.by_position.len() != profile.positions.len() {
             let expected = format!("there are {} ranges of positions", profile.positions.len());
             let found = format!("{} rates", module.by_position.len());
-            return Err(wrong(format!("modules[{i}].by_position"), found, &expected));
+            return Err(wrong(format!("modules[{i}].by_position"), &found, &expected));
         }
     }
     Ok(())

@@ -126,7 +126,7 @@ fn missing_and_broken_files_are_named() {
     assert!(error.to_string().contains("tokenizer_config.json: is not JSON"), "{error}");
 }
 
-/// ChatML as SmolLM2 and Qwen2 write it, with the constructs that need Jinja2's trimming.
+/// The form of `SmolLM2` and Qwen2, with the constructs that need Jinja2's trimming.
 const CHATML: &str = "{% for message in messages %}
     {% if loop.first and messages[0]['role'] != 'system' %}
 <|start|>system

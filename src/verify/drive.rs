@@ -3,16 +3,17 @@
 use ndarray::{Array3, Axis};
 
 use super::cases::{Case, Then};
-use super::compare::{Part, Place, Tally};
+use super::compare::Tally;
+use super::place::{Part, Place};
 use super::report::{CaseReport, Greedy, GreedyDifference};
 use super::{Error, Options, Progress, Side};
-use crate::decoder::{CacheEntry, Decoder, Input, LayerOutput, Logits, Output, Reference, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, LayerOutput, Logits, Output, Routing};
 use crate::logits::{argmax, last};
 
 /// The error of a pair of decoders.
 type Failure<R, A> = Error<<R as Decoder>::Error, <A as Decoder>::Error>;
 
-pub(super) fn run<R: Reference, A: Decoder>(
+pub(super) fn run<R: Follow, A: Decoder>(
     reference: &mut R,
     artifact: &mut A,
     case: &Case,
@@ -31,7 +32,7 @@ struct Drive<'a, R, A> {
     step: usize,
 }
 
-impl<R: Reference, A: Decoder> Drive<'_, R, A> {
+impl<R: Follow, A: Decoder> Drive<'_, R, A> {
     fn run(mut self) -> Result<CaseReport, Failure<R, A>> {
         let case = self.case;
         let mut tally = Tally::new(&case.name, &case.prompt, &self.options.tolerances);
@@ -71,7 +72,7 @@ impl<R: Reference, A: Decoder> Drive<'_, R, A> {
         tally: &mut Tally<'_>,
     ) -> Result<(), Failure<R, A>> {
         for _ in 0..steps {
-            let tokens: Vec<_> = last(&reference).map(argmax).collect();
+            let tokens: Vec<_> = last(&reference).map(|logits| argmax(&logits)).collect();
             input = input.then(&tokens);
             (reference, _) = self.both(&input, tally)?;
         }
@@ -92,7 +93,7 @@ impl<R: Reference, A: Decoder> Drive<'_, R, A> {
             let (reference, artifact) = &outputs;
             let mut next = Vec::new();
             for (row, (r, a)) in last(reference).zip(last(artifact)).enumerate() {
-                let (best, chosen) = (argmax(r), argmax(a));
+                let (best, chosen) = (argmax(&r), argmax(&a));
                 let gap = r[best as usize] - r[chosen as usize];
                 let tie = gap <= self.options.tolerances.token_gap;
                 if best != chosen && !tie {
@@ -123,7 +124,7 @@ impl<R: Reference, A: Decoder> Drive<'_, R, A> {
             self.expect(Side::Reference, &input, &output)?;
             self.advance();
             for logits in last(&output) {
-                let best = argmax(logits);
+                let best = argmax(&logits);
                 if best == chosen {
                     equal += 1;
                 } else {
@@ -172,7 +173,7 @@ impl<R: Reference, A: Decoder> Drive<'_, R, A> {
         if self.options.layer_outputs {
             self.layers(input, tally)?;
         }
-        tally.logits(input, reference.logits.view(), artifact.logits.view());
+        tally.logits(input, &reference.logits, &artifact.logits);
         self.advance();
         Ok((reference, artifact))
     }
@@ -188,7 +189,7 @@ impl<R: Reference, A: Decoder> Drive<'_, R, A> {
             let rows = [input.batch(), input.sequence(), r.hidden.dim().2];
             self.shape(Side::Reference, what, &rows, r.hidden.shape())?;
             self.shape(Side::Artifact, what, &rows, a.hidden.shape())?;
-            tally.layer(input, r.layer, r.hidden.view(), a.hidden.view());
+            tally.layer(input, r.layer, &r.hidden, &a.hidden);
         }
         Ok(())
     }
@@ -206,7 +207,7 @@ impl<R: Reference, A: Decoder> Drive<'_, R, A> {
                 let what = || format!("{part:?} in the cache of layer {layer}");
                 self.shape(Side::Reference, what, &shape, r.shape())?;
                 self.shape(Side::Artifact, what, &shape, a.shape())?;
-                tally.cache(layer, part, r.view(), a.view());
+                tally.cache(layer, part, r, a);
             }
         }
         Ok(())

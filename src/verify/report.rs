@@ -6,7 +6,9 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::Options;
-use super::compare::{Decisions, Divergence, Stats, Tally, Tie};
+use super::compare::Tally;
+use super::place::{Divergence, Tie};
+use super::stats::{Decisions, Stats};
 use crate::tolerance::Tolerances;
 
 /// Most ties that are listed one by one.

@@ -6,7 +6,7 @@
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView1, s};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
-use crate::decoder::{CacheEntry, Decoder, Input, LayerOutput, Logits, Output, Reference, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, LayerOutput, Logits, Output, Routing};
 
 pub(crate) const VOCAB: usize = 32;
 pub(crate) const LAYERS: usize = 3;
@@ -112,8 +112,8 @@ impl Toy {
                     input.positions[[b, s]]
                 };
                 let input = before.slice(s![b, s, ..]);
-                let key = turn(&times(10 * layer + 1, input), position as f32);
-                let value = times(10 * layer + 2, input);
+                let key = turn(&times(10 * layer + 1, &input), position as f32);
+                let value = times(10 * layer + 2, &input);
                 for (part, vector) in [key, value].into_iter().enumerate() {
                     let rows = &mut self.cache[layer][part];
                     rows.resize(batch.max(rows.len()), Vec::new());
@@ -127,20 +127,19 @@ impl Toy {
                 } else {
                     input.positions[[b, s]] as f32
                 };
-                let mut keeps = [true; 2];
-                for kind in 0..2 {
+                let keeps = [0, 1].map(|kind| {
                     let m = 2 * layer + kind;
-                    let (own, keep) = self.decide(modules[m], m, past + s, input_state);
+                    let (own, keep) = self.decide(modules[m], m, past + s, &input_state);
                     margins[[m, b, s]] = own;
                     let told = followed.and_then(|routing| {
                         let index = routing.modules.iter().position(|id| *id == modules[m])?;
                         Some(routing.keeps(index, b, s))
                     });
-                    keeps[kind] = self.has(Fault::Dense) || told.unwrap_or(keep);
-                }
+                    self.has(Fault::Dense) || told.unwrap_or(keep)
+                });
                 let mut h = input_state.to_owned();
                 if keeps[0] {
-                    let query = turn(&times(10 * layer + 3, input_state), position);
+                    let query = turn(&times(10 * layer + 3, &input_state), position);
                     h += &self.attend(layer, b, &query, &mask, past + s);
                 }
                 if keeps[1] {
@@ -148,7 +147,7 @@ impl Toy {
                         Fault::Mlp { layer: l, by } if *l == layer => Some(*by),
                         _ => None,
                     });
-                    h += &(times(10 * layer + 4, h.view()).mapv(f32::tanh) + wrong.unwrap_or(0.0));
+                    h += &(times(10 * layer + 4, &h.view()).mapv(f32::tanh) + wrong.unwrap_or(0.0));
                 }
                 x.slice_mut(s![b, s, ..]).assign(&h);
             }
@@ -167,7 +166,13 @@ impl Toy {
     }
 
     /// A router's margin, and the decision taken.
-    fn decide(&self, id: ModuleId, m: usize, column: usize, x: ArrayView1<'_, f32>) -> (f32, bool) {
+    fn decide(
+        &self,
+        id: ModuleId,
+        m: usize,
+        column: usize,
+        x: &ArrayView1<'_, f32>,
+    ) -> (f32, bool) {
         let mut margin: f32 = (0..WIDTH).map(|i| weight(100 + m, i, 0) * x[i]).sum::<f32>() + 0.2;
         let mut flip = false;
         for fault in &self.faults {
@@ -230,7 +235,7 @@ impl Toy {
                 }
                 Fault::Gap { step, by } if step == self.step => {
                     for mut row in logits.slice_mut(s![.., -1, ..]).rows_mut() {
-                        let best = crate::logits::top(row.view(), 2);
+                        let best = crate::logits::top(&row.view(), 2);
                         row[best[1].0 as usize] = row[best[0].0 as usize] + by;
                     }
                 }
@@ -265,7 +270,7 @@ fn weight(matrix: usize, row: usize, column: usize) -> f32 {
     ((1 + matrix * 37 + row * 11 + column * 5) as f32 * 1.37).sin()
 }
 
-fn times(matrix: usize, x: ArrayView1<'_, f32>) -> Array1<f32> {
+fn times(matrix: usize, x: &ArrayView1<'_, f32>) -> Array1<f32> {
     Array1::from_shape_fn(WIDTH, |o| {
         (0..WIDTH).map(|i| weight(matrix, o, i) * x[i]).sum::<f32>() * 0.5
     })
@@ -337,7 +342,7 @@ impl Decoder for Toy {
     }
 }
 
-impl Reference for Toy {
+impl Follow for Toy {
     fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Failed> {
         self.run(input, Some(routing))
     }

@@ -20,7 +20,7 @@ pub(super) struct Keys<'a> {
 /// Keys of these and related architectures that change what a model computes and are not
 /// implemented, each with the number that leaves it unused, if one does. `null`, `false` and empty
 /// values always do.
-const UNSUPPORTED: [(&str, Option<f64>, &str); 35] = [
+pub(super) const UNSUPPORTED: [(&str, Option<f64>, &str); 35] = [
     ("add_cross_attention", None, "only decoders without cross-attention are read"),
     ("attention_chunk_size", None, "only full attention is read"),
     ("attention_multiplier", None, "a model of another architecture is described here"),
@@ -118,14 +118,17 @@ impl Keys<'_> {
             let advice = "only full attention is read; set it to false if no sequence will be longer than the window";
             return Err(self.unsupported("use_sliding_window", found, advice));
         }
-        match (architecture, self.map.get("sliding_window")) {
-            (Architecture::Qwen2 | Architecture::Qwen3, _) | (_, Some(Value::Null)) => Ok(()),
-            (_, Some(found)) => Err(self.unsupported("sliding_window", found, ADVICE)),
-            (Architecture::Llama, None) => Ok(()),
-            (Architecture::Mistral, None) => Err(self.missing(
+        if matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3) {
+            return Ok(()); // `use_sliding_window` alone decides.
+        }
+        match self.map.get("sliding_window") {
+            Some(Value::Null) => Ok(()),
+            Some(found) => Err(self.unsupported("sliding_window", found, ADVICE)),
+            None if architecture == Architecture::Mistral => Err(self.missing(
                 "sliding_window",
                 "null (without the key, transformers takes a window of 4096)",
             )),
+            None => Ok(()),
         }
     }
 

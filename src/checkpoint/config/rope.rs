@@ -33,7 +33,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<Rope, Error> {
     Ok(Rope { theta, scaling: inner.scaling()? })
 }
 
-/// The object of RoPE settings; messages name its keys `rope_scaling.factor`.
+/// The object of `RoPE` settings; messages name its keys `rope_scaling.factor`.
 struct Inner<'a> {
     key: &'static str,
     keys: Keys<'a>,
@@ -60,10 +60,10 @@ impl Inner<'_> {
             .find_map(|name| Some((name, self.keys.map.get(name).filter(|v| !v.is_null())?)));
         let Some((name, kind)) = kind else {
             // Without a type, an object that states no scaling is the default.
-            return match self.keys.map.keys().all(|key| PLAIN.contains(&key.as_str())) {
-                true => Ok(RopeScaling::None),
-                false => Err(self.keys.missing(&self.name("rope_type"), KNOWN)),
-            };
+            let plain = self.keys.map.keys().all(|key| PLAIN.contains(&key.as_str()));
+            let missing =
+                || self.keys.missing(&self.name("rope_type"), "default, linear or llama3");
+            return if plain { Ok(RopeScaling::None) } else { Err(missing()) };
         };
         match kind.as_str() {
             Some("default") => Ok(RopeScaling::None),

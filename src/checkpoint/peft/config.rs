@@ -1,6 +1,6 @@
 //! `adapter_config.json`: rank, alpha and what is not read.
 //!
-//! PEFT gives every variant of LoRA its own key, so the keys that are harmless are listed and any
+//! PEFT gives every variant of `LoRA` its own key, so the keys that are harmless are listed and any
 //! other must say "not in use" (`null`, `false` or empty).
 
 use std::path::{Path, PathBuf};

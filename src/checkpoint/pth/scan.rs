@@ -5,10 +5,13 @@
 //! same program by copying values, would copy and how deep its values nest.
 
 mod machine;
+mod objects;
+mod value;
 
 use candle_core as candle;
 
-use machine::{Global, Machine, Value};
+use machine::Machine;
+use value::{Global, Value};
 
 /// What is in a pickle that a state dict of tensors does not need.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -149,8 +152,7 @@ pub(super) fn scan(pickle: &[u8]) -> Result<Vec<Tensor>, Error> {
 
 /// Reads entry `name` as a tensor.
 fn tensor(machine: &Machine<'_>, name: &str, value: usize) -> Result<Tensor, Error> {
-    let Value::Tensor(machine::Tensor { storage, offset, shape, strides, .. }) =
-        machine.value(value)
+    let Value::Tensor(value::Tensor { storage, offset, shape, strides, .. }) = machine.value(value)
     else {
         return Err(Error::NotATensor { name: name.to_owned(), found: machine.describe(value) });
     };

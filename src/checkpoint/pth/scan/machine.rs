@@ -2,74 +2,21 @@
 
 use std::collections::BTreeMap;
 
+use super::value::Value;
 use super::{Error, global};
 
 /// Most bytes of values a reader would copy into and out of its memo.
 const COPY_LIMIT: u64 = 512 << 20;
-/// Most instructions that are run.
-const STEP_LIMIT: usize = 1 << 22;
+/// Most instructions that are run: those of some twenty thousand tensors.
+const STEP_LIMIT: usize = 1 << 20;
 /// How deep values may nest; a tensor's are four deep.
 const DEPTH_LIMIT: u32 = 16;
 /// What a value costs beside its text.
 const VALUE_COST: u64 = 64;
 
-/// A class or function that tensors need.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Global {
-    /// `collections.OrderedDict`.
-    OrderedDict,
-    /// `torch._utils._rebuild_tensor_v2`.
-    RebuildTensor,
-    /// `torch._utils._rebuild_parameter`.
-    RebuildParameter,
-    /// `torch.FloatStorage` and the like.
-    Storage(String),
-}
-
-/// Where a tensor's bytes lie.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Storage {
-    /// Its class in `torch`.
-    pub(super) class: String,
-    /// Its name in the archive.
-    pub(super) key: String,
-}
-
-/// A tensor, by reference.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Tensor {
-    pub(super) storage: Storage,
-    /// Its first element in the storage.
-    pub(super) offset: u64,
-    pub(super) shape: Vec<usize>,
-    /// In elements.
-    pub(super) strides: Vec<usize>,
-    /// Whether `_rebuild_parameter` wraps it.
-    pub(super) parameter: bool,
-}
-
-/// A value of the machine. Parts of composite values are indices into [`Machine::values`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Value {
-    /// `None`, `True`, `False` or a float: nothing a tensor needs.
-    Plain(&'static str),
-    /// A 32-bit integer.
-    Int(i64),
-    /// A longer one.
-    Long(i64),
-    Text(String),
-    Tuple(Vec<usize>),
-    List,
-    /// Of either class.
-    Dict(Vec<(usize, usize)>),
-    Global(Global),
-    Storage(Storage),
-    Tensor(Tensor),
-}
-
 /// What bounds a value.
 #[derive(Debug, Clone, Copy, Default)]
-struct Extent {
+pub(super) struct Extent {
     /// Bytes of a copy of it.
     cost: u64,
     /// How deep it nests.
@@ -216,7 +163,7 @@ impl<'a> Machine<'a> {
         Ok(true)
     }
 
-    fn malformed(&self, what: &'static str) -> Error {
+    pub(super) fn malformed(&self, what: &'static str) -> Error {
         Error::Malformed { at: self.at, what }
     }
 
@@ -252,7 +199,7 @@ impl<'a> Machine<'a> {
         self.push_with(value, Extent { cost: VALUE_COST + length as u64, depth: 1 })
     }
 
-    fn push_with(&mut self, value: Value, extent: Extent) -> Result<(), Error> {
+    pub(super) fn push_with(&mut self, value: Value, extent: Extent) -> Result<(), Error> {
         if extent.depth > DEPTH_LIMIT {
             return Err(Error::Bomb { at: self.at });
         }
@@ -261,11 +208,11 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn pop(&mut self) -> Result<usize, Error> {
+    pub(super) fn pop(&mut self) -> Result<usize, Error> {
         self.stack.pop().flatten().ok_or_else(|| self.malformed("a value is missing"))
     }
 
-    fn top(&self) -> Result<usize, Error> {
+    pub(super) fn top(&self) -> Result<usize, Error> {
         self.stack.last().copied().flatten().ok_or_else(|| self.malformed("a value is missing"))
     }
 
@@ -279,7 +226,7 @@ impl<'a> Machine<'a> {
     }
 
     /// What a value made of `parts` is bounded by.
-    fn extent(&self, parts: &[usize]) -> Extent {
+    pub(super) fn extent(&self, parts: &[usize]) -> Extent {
         parts.iter().map(|part| self.values[*part].1).fold(
             Extent { cost: VALUE_COST, depth: 1 },
             |whole, part| Extent {
@@ -367,106 +314,11 @@ impl<'a> Machine<'a> {
     }
 
     /// Counts `parts` into the container that took them.
-    fn grow(&mut self, container: usize, parts: &[usize]) -> Result<(), Error> {
+    pub(super) fn grow(&mut self, container: usize, parts: &[usize]) -> Result<(), Error> {
         let (added, own) = (self.extent(parts), self.values[container].1);
         let cost = own.cost.saturating_add(added.cost);
         let depth = own.depth.max(added.depth);
         self.values[container].1 = Extent { cost, depth };
         if depth > DEPTH_LIMIT { Err(Error::Bomb { at: self.at }) } else { Ok(()) }
-    }
-
-    /// `callable(*arguments)`.
-    fn reduce(&mut self) -> Result<(), Error> {
-        let (arguments, callable) = (self.pop()?, self.pop()?);
-        // A reader keeps both.
-        let extent = self.extent(&[arguments, callable]);
-        let Value::Tuple(parts) = self.value(arguments) else {
-            return Err(self.malformed("a function is called without arguments"));
-        };
-        let value = match (self.value(callable), &parts[..]) {
-            (Value::Global(Global::OrderedDict), []) => Value::Dict(Vec::new()),
-            (Value::Global(Global::RebuildTensor), [storage, offset, shape, strides, ..])
-                if parts.len() <= 7 =>
-            {
-                self.tensor([*storage, *offset, *shape, *strides])?
-            }
-            (Value::Global(Global::RebuildParameter), [data, _, _]) => match self.value(*data) {
-                Value::Tensor(tensor) if !tensor.parameter => {
-                    Value::Tensor(Tensor { parameter: true, ..tensor.clone() })
-                }
-                _ => return Err(self.malformed("a parameter holds no tensor")),
-            },
-            _ => return Err(self.malformed("a function is called with unexpected arguments")),
-        };
-        self.push_with(value, extent)
-    }
-
-    /// The tensor `_rebuild_tensor_v2` makes of its first four arguments.
-    fn tensor(&self, [storage, offset, shape, strides]: [usize; 4]) -> Result<Value, Error> {
-        let Value::Storage(storage) = self.value(storage) else {
-            return Err(self.malformed("a tensor has no storage"));
-        };
-        let (Value::Int(offset) | Value::Long(offset)) = self.value(offset) else {
-            return Err(self.malformed("a tensor's offset is no number"));
-        };
-        let offset =
-            u64::try_from(*offset).map_err(|_| self.malformed("a tensor's offset is negative"))?;
-        let (Some(shape), Some(strides)) = (self.sizes(shape), self.sizes(strides)) else {
-            return Err(self.malformed("a tensor's shape or strides are not 31-bit numbers"));
-        };
-        if shape.len() != strides.len() {
-            return Err(self.malformed("a tensor has not as many strides as dimensions"));
-        }
-        let storage = storage.clone();
-        Ok(Value::Tensor(Tensor { storage, offset, shape, strides, parameter: false }))
-    }
-
-    fn sizes(&self, tuple: usize) -> Option<Vec<usize>> {
-        let Value::Tuple(parts) = self.value(tuple) else { return None };
-        parts
-            .iter()
-            .map(|part| match self.value(*part) {
-                Value::Int(size) => usize::try_from(*size).ok(),
-                _ => None,
-            })
-            .collect()
-    }
-
-    /// State for the object below: only `_metadata`, which `Module.state_dict` attaches.
-    fn build(&mut self) -> Result<(), Error> {
-        let state = self.pop()?;
-        let object = self.top()?;
-        let (Value::Dict(entries), Value::Dict(_)) = (self.value(state), self.value(object)) else {
-            return Err(self.malformed("an object is given state"));
-        };
-        let plain = |&(key, value): &(usize, usize)| {
-            matches!(self.value(key), Value::Text(name) if name == "_metadata")
-                && matches!(self.value(value), Value::Dict(_))
-        };
-        if !entries.iter().all(plain) {
-            return Err(self.malformed("a dict is given state other than _metadata"));
-        }
-        self.grow(object, &[state])
-    }
-
-    /// `('storage', class, key, device, elements)`.
-    fn persistent(&mut self) -> Result<(), Error> {
-        let id = self.pop()?;
-        let Value::Tuple(parts) = self.value(id) else {
-            return Err(self.malformed("a reference is no tuple"));
-        };
-        let parts: Vec<_> = parts.iter().map(|part| self.value(*part)).collect();
-        let storage = match parts[..] {
-            [
-                Value::Text(kind),
-                Value::Global(Global::Storage(class)),
-                Value::Text(key),
-                Value::Text(_),
-                Value::Int(_) | Value::Long(_),
-            ] if kind == "storage" => Storage { class: class.clone(), key: key.clone() },
-            _ => return Err(self.malformed("a reference is not to a tensor's storage")),
-        };
-        let extent = self.extent(&[id]);
-        self.push_with(Value::Storage(storage), extent)
     }
 }
