@@ -314,8 +314,8 @@ fn rope_json(scaling: RopeScaling) -> Value {
     }
 }
 
-fn unsupported(key: String, found: impl ToString, expected: String) -> Error {
-    Error::Unsupported { key, found: found.to_string(), expected }
+fn unsupported(key: String, found: impl std::fmt::Display, expected: String) -> Error {
+    Error::Unsupported { key, found: format!("{found}"), expected }
 }
 
 fn architecture(metadata: Metadata<'_>) -> Result<Architecture, Error> {
@@ -380,6 +380,5 @@ fn rope_scaling(
     if factor <= 0.0 {
         return Err(unsupported(factor_key, factor, "a number over 0".into()));
     }
-    // ggml's 0 and 1 both mean "as trained".
-    Ok(if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } })
+    Ok(RopeScaling::Linear { factor })
 }

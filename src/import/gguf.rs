@@ -267,11 +267,11 @@ impl Gguf {
     }
 }
 
+/// Metadata and tensors, by key and by name.
+type Parsed = (BTreeMap<String, Value>, BTreeMap<String, Tensor>);
+
 /// Parses the header of a file of `length` bytes.
-fn parse(
-    input: impl Read + Seek,
-    length: u64,
-) -> Result<(BTreeMap<String, Value>, BTreeMap<String, Tensor>), Error> {
+fn parse(input: impl Read + Seek, length: u64) -> Result<Parsed, Error> {
     let mut header = Header { input: BufReader::new(input), offset: 0, length };
     header.magic()?;
     let tensor_count = header.u64("the tensor count")?;
@@ -287,7 +287,7 @@ fn parse(
 fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, Error> {
     match metadata.get("general.alignment") {
         None => Ok(DEFAULT_ALIGNMENT),
-        Some(Value::Unsigned(n)) if *n > 0 && n % 8 == 0 && *n <= u64::from(u32::MAX) => Ok(*n),
+        Some(Value::Unsigned(n)) if *n > 0 && n % 8 == 0 && u32::try_from(*n).is_ok() => Ok(*n),
         Some(other) => Err(Error::Alignment { found: format!("{other:?}") }),
     }
 }
@@ -484,7 +484,7 @@ impl<R: Read + Seek> Header<R> {
         };
         let tensor = Tensor { name, shape, encoding, offset };
         let columns = tensor.columns();
-        if columns % encoding.block() != 0 {
+        if !columns.is_multiple_of(encoding.block()) {
             let (name, block, encoding) = (tensor.name, encoding.block(), encoding.name());
             return Err(Error::PartialBlock { name, columns, block, encoding });
         }

@@ -81,7 +81,7 @@ pub enum Error {
     },
     /// The archive is damaged or holds other things than tensors.
     #[error(transparent)]
-    Archive(#[from] pth::Error),
+    Archive(Box<pth::Error>),
     /// A tensor whose name has a form that is not read.
     #[error("{}: the tensor {name:?} shows {form}, which is not imported", path.display())]
     Name {
@@ -145,6 +145,12 @@ pub enum Error {
         /// The input.
         path: PathBuf,
     },
+}
+
+impl From<pth::Error> for Error {
+    fn from(source: pth::Error) -> Self {
+        Self::Archive(Box::new(source))
+    }
 }
 
 /// The tensors of the file by what they are, each list sorted by plain name.

@@ -30,7 +30,7 @@ const TOLERANCE: f64 = 1e-4;
 pub fn recognise(table: &[f32], theta: f64) -> Option<RopeScaling> {
     let largest = table.iter().copied().fold(f32::MIN, f32::max);
     let factor = decimal(largest);
-    if table.iter().all(|divisor| *divisor == 1.0) {
+    if table.iter().all(|divisor| (divisor - 1.0).abs() < f32::EPSILON) {
         return Some(RopeScaling::None);
     }
     // 8192 first: it is what every released model states, and several can fit a short table.

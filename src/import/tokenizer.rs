@@ -104,7 +104,7 @@ pub enum Error {
         /// The merge.
         merge: String,
     },
-    /// A SentencePiece vocabulary that cannot spell every text.
+    /// A `SentencePiece` vocabulary that cannot spell every text.
     #[error("the SentencePiece vocabulary has no token {text:?}, which byte fallback needs")]
     ByteToken {
         /// The token's text.

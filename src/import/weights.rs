@@ -103,7 +103,7 @@ pub fn write_header(entries: &[Entry], out: &mut impl Write) -> Result<(), Error
         start = end;
     }
     let mut header = serde_json::Value::Object(fields).to_string();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     out.write_all(&(header.len() as u64).to_le_bytes())?;

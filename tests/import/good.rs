@@ -92,31 +92,74 @@ fn check_config(model: &str, expected: &Expect) {
 
 #[test]
 fn the_configuration_is_the_metadata_s() {
-    check_config("llama", &expect![[r#""#]]);
-    check_config("llama3", &expect![[r#""#]]);
-    check_config("mistral", &expect![[r#""#]]);
-    check_config("qwen2", &expect![[r#""#]]);
-    check_config("qwen3", &expect![[r#""#]]);
+    check_config(
+        "llama",
+        &expect![[r#"
+        {"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":270,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":8,"hidden_act":"silu","max_position_embeddings":512,"rms_norm_eps":0.00001,"rope_theta":100000.0,"rope_scaling":null,"tie_word_embeddings":true,"attention_dropout":0.0,"initializer_range":0.02,"use_cache":true,"bos_token_id":264,"eos_token_id":265,"pad_token_id":265,"torch_dtype":"float32","attention_bias":false,"mlp_bias":false}
+        {"_from_model_config":true,"bos_token_id":264,"eos_token_id":265,"pad_token_id":265}"#]],
+    );
+    check_config(
+        "llama3",
+        &expect![[r#"
+        {"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":268,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":2,"head_dim":16,"hidden_act":"silu","max_position_embeddings":512,"rms_norm_eps":0.00001,"rope_theta":500000.0,"rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":8192},"tie_word_embeddings":false,"attention_dropout":0.0,"initializer_range":0.02,"use_cache":true,"bos_token_id":264,"eos_token_id":[265,266],"pad_token_id":null,"torch_dtype":"float32","attention_bias":true,"mlp_bias":true}
+        {"_from_model_config":true,"bos_token_id":264,"eos_token_id":[265,266],"pad_token_id":null}"#]],
+    );
+    check_config(
+        "mistral",
+        &expect![[r#"
+        {"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":273,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":4,"num_key_value_heads":4,"head_dim":8,"hidden_act":"silu","max_position_embeddings":512,"rms_norm_eps":0.00001,"rope_theta":10000.0,"rope_scaling":{"rope_type":"linear","factor":2.0},"tie_word_embeddings":false,"attention_dropout":0.0,"initializer_range":0.02,"use_cache":true,"bos_token_id":1,"eos_token_id":2,"pad_token_id":null,"torch_dtype":"float32","attention_bias":false,"mlp_bias":false}
+        {"_from_model_config":true,"bos_token_id":1,"eos_token_id":2,"pad_token_id":null}"#]],
+    );
+    check_config(
+        "qwen2",
+        &expect![[r#"
+        {"architectures":["Qwen2ForCausalLM"],"model_type":"qwen2","vocab_size":267,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":8,"hidden_act":"silu","max_position_embeddings":512,"rms_norm_eps":0.00001,"rope_theta":1000000.0,"rope_scaling":null,"tie_word_embeddings":true,"attention_dropout":0.0,"initializer_range":0.02,"use_cache":true,"bos_token_id":null,"eos_token_id":265,"pad_token_id":264,"torch_dtype":"float32","use_sliding_window":false}
+        {"_from_model_config":true,"bos_token_id":null,"eos_token_id":265,"pad_token_id":264}"#]],
+    );
+    check_config(
+        "qwen3",
+        &expect![[r#"
+        {"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","vocab_size":267,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16,"hidden_act":"silu","max_position_embeddings":512,"rms_norm_eps":0.00001,"rope_theta":1000000.0,"rope_scaling":null,"tie_word_embeddings":true,"attention_dropout":0.0,"initializer_range":0.02,"use_cache":true,"bos_token_id":null,"eos_token_id":265,"pad_token_id":null,"torch_dtype":"float32","attention_bias":false,"use_sliding_window":false}
+        {"_from_model_config":true,"bos_token_id":null,"eos_token_id":265,"pad_token_id":null}"#]],
+    );
 }
 
-/// `text` in tokens, special ones around it included, each by its text in the vocabulary.
-fn check_tokens(model: &str, text: &str, expected: &Expect) {
+/// `text` and the special token `end` in tokens, what belongs around a text included.
+fn check_tokens(model: &str, text: &str, end: &str, expected: &Expect) {
     let place = imported(model);
     let tokenizer = Tokenizer::from_file(place.path().join("out/tokenizer.json")).unwrap();
-    let encoding = tokenizer.encode(text, true).unwrap();
+    let encoding = tokenizer.encode(format!("{text}{end}"), true).unwrap();
     expected.assert_eq(&encoding.get_tokens().join(" "));
-    let back = tokenizer.decode(encoding.get_ids(), true).unwrap();
-    let plain = text.replace("<|im_end|>", "").replace("</s>", "");
-    assert_eq!(back, plain);
+    assert_eq!(tokenizer.decode(encoding.get_ids(), true).unwrap(), text);
 }
 
 #[test]
 fn text_is_split_as_the_named_pre_tokenizer_splits_it() {
-    let text = "hello hello  hello 123\n  1<|im_end|>";
-    check_tokens("llama", text, &expect![[r#""#]]);
-    check_tokens("llama3", text, &expect![[r#""#]]);
-    check_tokens("mistral", "hello hello  h\u{e9}</s> 12", &expect![[r#""#]]);
-    check_tokens("qwen2", text, &expect![[r#""#]]);
+    let text = "hello hello  hello 123\n  1";
+    check_tokens(
+        "llama",
+        text,
+        "<|im_end|>",
+        &expect!["hello Ġhello Ġ Ġhello Ġ 1 2 3 Ċ ĠĠ 1 <|im_end|>"],
+    );
+    check_tokens(
+        "llama3",
+        text,
+        "<|eot_id|>",
+        &expect!["<|begin_of_text|> hello Ġhello Ġ Ġhello Ġ 123 Ċ Ġ Ġ 1 <|eot_id|>"],
+    );
+    check_tokens(
+        "qwen2",
+        text,
+        "<|im_end|>",
+        &expect!["hello Ġhello Ġ Ġhello Ġ 1 2 3 Ċ Ġ Ġ 1 <|im_end|>"],
+    );
+    check_tokens(
+        "mistral",
+        "hello hello  h\u{e9} 12",
+        "</s>",
+        &expect!["<s> ▁hello ▁hello ▁ ▁ h <0xC3> <0xA9> ▁ 1 2 </s>"],
+    );
 }
 
 #[test]

@@ -19,27 +19,16 @@ struct Pre {
     compose: bool,
     /// Expressions whose matches are cut out, one after the other.
     splits: &'static [&'static str],
-    /// Whether every digit is a word of its own; after `splits`.
-    digits: bool,
-    /// Whether what is left is split as GPT-2 does.
-    gpt2: bool,
     /// Whether a word that is a token is taken whole, without its merges.
     whole_words: bool,
     /// Whether a text begins with the beginning-of-text token, where the file does not say.
     add_bos: bool,
 }
 
-const PLAIN: Pre = Pre {
-    names: &[],
-    compose: false,
-    splits: &[],
-    digits: false,
-    gpt2: false,
-    whole_words: false,
-    add_bos: false,
-};
+const PLAIN: Pre =
+    Pre { names: &[], compose: false, splits: &[], whole_words: false, add_bos: false };
 
-/// Letters with case, as DeepSeek's first models list them. The six that Unicode composes to others
+/// Letters with case, as `DeepSeek`'s first models list them. The six that Unicode composes to others
 /// are escaped, so that no editor composes them.
 const CASED_LETTERS: &str = concat!(
     "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ",
@@ -54,9 +43,9 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 
 /// Every pre-tokenizer that is known.
 const PRE: &[Pre] = &[
-    Pre { names: &["gpt-2"], gpt2: true, ..PLAIN },
-    Pre { names: &["smollm", "starcoder", "refact"], digits: true, gpt2: true, ..PLAIN },
-    Pre { names: &["command-r"], compose: true, digits: true, gpt2: true, ..PLAIN },
+    Pre { names: &["gpt-2"], splits: &[GPT2], ..PLAIN },
+    Pre { names: &["smollm", "starcoder", "refact"], splits: &[DIGIT, GPT2], ..PLAIN },
+    Pre { names: &["command-r"], compose: true, splits: &[DIGIT, GPT2], ..PLAIN },
     Pre {
         names: &["llama-bpe", "llama-v3", "llama3"],
         splits: &[
@@ -76,14 +65,12 @@ const PRE: &[Pre] = &[
     },
     Pre {
         names: &["deepseek-llm"],
-        splits: &[r"[\r\n]", CASED_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK],
-        digits: true,
+        splits: &[r"[\r\n]", CASED_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, DIGIT],
         ..PLAIN
     },
     Pre {
         names: &["deepseek-coder"],
-        splits: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK],
-        digits: true,
+        splits: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, DIGIT],
         ..PLAIN
     },
 ];
@@ -130,19 +117,15 @@ fn byte_level(trim_offsets: bool, use_regex: bool) -> Value {
     })
 }
 
-/// Cuts by `splits`, then digits, then as GPT-2.
+/// Cuts by one expression after the other, then spells each word in bytes.
 ///
-/// Hugging Face has a step of its own for digits and one for GPT-2's expression, which cut the
-/// same; but onnxruntime-genai's version of the one knows decimal digits only, and its version of
-/// the other changes what the steps before it cut. Plain expressions work alike everywhere.
+/// Hugging Face has a step of its own for digits, and its byte step can cut as GPT-2 does; both cut
+/// the same. But onnxruntime-genai's version of the one knows decimal digits only, and its version
+/// of the other changes what the steps before it cut. Plain expressions work alike everywhere.
 fn pre_tokenizer(pre: &Pre) -> Value {
-    if pre.splits.is_empty() && !pre.digits {
-        return byte_level(true, pre.gpt2);
-    }
-    let digits = pre.digits.then_some(DIGIT);
-    let gpt2 = pre.gpt2.then_some(GPT2);
-    let expressions = pre.splits.iter().copied().chain(digits).chain(gpt2);
-    let mut steps: Vec<Value> = expressions
+    let mut steps: Vec<Value> = pre
+        .splits
+        .iter()
         .map(|regex| {
             json!({
                 "type": "Split",

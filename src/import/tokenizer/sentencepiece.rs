@@ -1,6 +1,6 @@
-//! SentencePiece BPE (`tokenizer.ggml.model` = `llama`).
+//! `SentencePiece` BPE (`tokenizer.ggml.model` = `llama`).
 //!
-//! The vocabulary has a score per piece and no merges: SentencePiece joins, at every step, the
+//! The vocabulary has a score per piece and no merges: `SentencePiece` joins, at every step, the
 //! neighbours whose union has the highest score. `tokenizer.json` knows merges only, so every way
 //! to cut a piece into two others becomes one, the highest score first. What cannot be spelled in
 //! pieces is spelled in bytes, `<0x00>` to `<0xFF>`.

@@ -19,7 +19,7 @@ pub enum Kind {
     UserDefined,
     /// Never produced.
     Unused,
-    /// One byte, of a SentencePiece vocabulary.
+    /// One byte, of a `SentencePiece` vocabulary.
     Byte,
 }
 
