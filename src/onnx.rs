@@ -1,20 +1,22 @@
 //! The back end: a lowered model becomes an ONNX graph.
 //!
-//! Opset 18 and ONNX Runtime's own `RotaryEmbedding` and `FusedMatMul`: what every ONNX Runtime
-//! since 1.20 runs on CPU and CUDA without copies between them. One graph serves prefill, decode,
+//! Opset 18 and ONNX Runtime's own `RotaryEmbedding`, `FusedMatMul` and
+//! `SkipSimplifiedLayerNormalization`: what every ONNX Runtime since 1.20 runs on CPU and CUDA without copies between them. One graph serves prefill, decode,
 //! chunks on top of a cache, and batches padded on the left.
 
 mod attention;
 mod builder;
+mod dispatch;
 pub mod graph;
 mod lower;
 mod mlp;
 pub mod proto;
-mod routing;
+mod router;
+mod stream;
 mod text;
 
 pub use lower::ROUTING;
-pub use routing::{RouterScores, router_scores};
+pub use router::{RouterScores, router_scores};
 
 use skipgpt_passes::ir::{DType, Phase};
 use skipgpt_passes::validate::Validated;

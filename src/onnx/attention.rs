@@ -2,64 +2,69 @@
 //! always enter the cache; only the query, the core and the output projection are skipped.
 //!
 //! The core is written out rather than fused: `GroupQueryAttention` assumes padding on the right and
-//! refuses batches of chunks on top of a cache. Grouped queries need no copy of keys and values:
-//! the `heads / kv_heads` queries of a group are rows of one matrix.
+//! refuses batches of chunks on top of a cache.
 
-use skipgpt_passes::ir::{Attention, Config, DType, KeyValue, Linear, ModuleId, Weight};
+use std::collections::BTreeSet;
+
+use skipgpt_passes::ir::{Attention, Config, DType, KeyValue, Linear, Model, ModuleId, Weight};
 
 use super::builder::{Builder, Name};
+use super::dispatch;
 use super::graph::{Attribute, Element};
 use super::lower::Shared;
-use super::routing::{self, Decision};
+use super::router::Decision;
+use super::stream::Stream;
 
 /// Where the module stands and what it may use.
 struct Context<'a> {
     shared: &'a Shared,
     config: &'a Config,
-    module: ModuleId,
+    attention: &'a Attention,
+    layer: usize,
     name: String,
 }
 
-/// Adds the module to the residual stream `x` `[tokens, hidden]`.
+/// Adds the module to the residual stream.
 pub(super) fn lower(
     b: &mut Builder,
     shared: &Shared,
     config: &Config,
-    module: ModuleId,
-    attention: &Attention,
+    (module, attention): (ModuleId, &Attention),
     decision: Option<&Decision>,
-    x: &str,
-) -> Name {
-    let context = Context { shared, config, module, name: module.to_string() };
-    let (c, name) = (&context, &context.name);
-    let normed = b.rms_norm(&format!("{name}.norm"), x, &attention.norm, config.rms_norm_eps);
-    let [key, value] = c.append(b, attention, &normed);
-    routing::dispatch(
-        b,
-        decision,
-        name,
-        config.hidden_size,
-        x,
-        |b| {
-            let q = b.linear(&format!("{name}.q"), &normed, &attention.q, b.dtype);
-            let context = c.core(b, &q, attention.q_norm.as_ref(), [&key, &value]);
-            b.linear(&format!("{name}.o"), &context, &attention.o, b.dtype)
-        },
-        |b, rows| {
-            let kept = rows.gather(b, &format!("{name}.rows"), &normed);
-            let q = b.linear(&format!("{name}.q"), &kept, &attention.q, b.dtype);
-            let q = rows.scatter(b, &format!("{name}.q.all"), c.zero_queries(), &q);
-            let context = c.core(b, &q, attention.q_norm.as_ref(), [&key, &value]);
-            let context = rows.gather(b, &format!("{name}.context.rows"), &context);
-            b.linear(&format!("{name}.o"), &context, &attention.o, b.dtype)
-        },
-    )
+    stream: Stream,
+) -> Stream {
+    let name = module.to_string();
+    let c = Context { shared, config, attention, layer: module.layer, name };
+    let (name, heads) = (&c.name, config.num_attention_heads);
+    let (normed, x) = stream.norm(b, &format!("{name}.norm"), &attention.norm, config.rms_norm_eps);
+    match decision.filter(|decision| decision.gathers()) {
+        None => {
+            let [q, k, v] = c.every_head(b, &normed);
+            let cache = c.append(b, &k, &v);
+            let context = c.core(b, &q, &cache);
+            let change = b.linear(&format!("{name}.o"), &context, &attention.o, b.dtype);
+            dispatch::whole(b, decision, name, x, change)
+        }
+        Some(decision) => {
+            let [k, v] = c.key_value_heads(b, &normed);
+            let cache = c.append(b, &k, &v);
+            dispatch::kept(b, decision, config.hidden_size, &x, |b, rows| {
+                let kept = rows.gather(b, &format!("{name}.rows"), &normed);
+                let q = b.linear(&format!("{name}.q"), &kept, &attention.q, b.dtype);
+                let q = rows.scatter(b, &format!("{name}.q.all"), c.zero_queries(), &q);
+                let q = c.heads_first(b, "q", &q, heads, attention.q_norm.as_ref());
+                let context = c.core(b, &q, &cache);
+                let context = rows.gather(b, &format!("{name}.context.rows"), &context);
+                b.linear(&format!("{name}.o"), &context, &attention.o, b.dtype)
+            })
+        }
+    }
 }
 
-/// What is added to every layer's scores, `[batch, 1, sequence, total]`: 0 where the key is real and
-/// not later than the query, the dtype's lowest number elsewhere (infinity would make the rows of
+/// What is added to every layer's scores, `[batch, 1, group · sequence, total]`, a group being the
+/// queries that share a key: 0 where the key is real and not later than the query, the dtype's lowest number elsewhere (infinity would make the rows of
 /// padding NaN).
-pub(super) fn bias(b: &mut Builder, zero: &str, one: &str) -> Name {
+pub(super) fn bias(b: &mut Builder, config: &Config, zero: &str, one: &str) -> Name {
     let mask_shape = b.op("mask.shape", "Shape", &["attention_mask"]);
     let ids_shape = "shapes.ids";
     let first = b.int("constants.one", 1);
@@ -82,7 +87,13 @@ pub(super) fn bias(b: &mut Builder, zero: &str, one: &str) -> Name {
     let open = b.floats("constants.zero.f32", &[], &[0.0]);
     let closed = b.floats("constants.lowest", &[], &[lowest]);
     let bias = b.op("mask.bias.f32", "Where", &[&allowed, &open, &closed]);
-    b.from_f32("mask.bias", &bias)
+    let bias = b.rounded("mask.bias", &bias);
+    let group = config.num_attention_heads / config.num_key_value_heads;
+    if group == 1 {
+        return bias;
+    }
+    let axis = vec![("axis", Attribute::Int(2))];
+    b.op_with("mask.bias.groups", "Concat", &vec![bias.as_str(); group], axis)
 }
 
 /// Zeros for the queries of every token, `[tokens, heads · head_dim]`: where kept rows are written.
@@ -105,28 +116,65 @@ impl Context<'_> {
         self.shared.zero_queries.as_deref().unwrap_or_default()
     }
 
-    /// Keys and values of every token, appended to the cache: `[batch, kv_heads, total, head_dim]`.
-    fn append(&self, b: &mut Builder, attention: &Attention, normed: &str) -> [Name; 2] {
-        let (name, layer) = (&self.name, self.module.layer);
-        let [k, v] = match &attention.kv {
-            KeyValue::Separate { k, v } => {
-                [("k", k), ("v", v)].map(|(part, linear): (_, &Linear)| {
-                    b.linear(&format!("{name}.{part}"), normed, linear, b.dtype)
-                })
+    /// Queries, keys and values of every token, `[batch, heads, sequence, head_dim]` each: one
+    /// product where projections may be rearranged.
+    fn every_head(&self, b: &mut Builder, normed: &str) -> [Name; 3] {
+        let Attention { q, q_norm, .. } = self.attention;
+        let (heads, groups) = (self.config.num_attention_heads, self.config.num_key_value_heads);
+        if let Some(linear) = every_projection(self.attention) {
+            let parts = [("q", heads), ("k", groups), ("v", groups)];
+            return self.split_heads(b, "qkv", normed, &linear, parts);
+        }
+        let q = b.linear(&format!("{}.q", self.name), normed, q, b.dtype);
+        let q = self.heads_first(b, "q", &q, heads, q_norm.as_ref());
+        let [k, v] = self.key_value_heads(b, normed);
+        [q, k, v]
+    }
+
+    /// Keys and values of every token, `[batch, kv_heads, sequence, head_dim]` each.
+    fn key_value_heads(&self, b: &mut Builder, normed: &str) -> [Name; 2] {
+        let (name, groups) = (&self.name, self.config.num_key_value_heads);
+        let norm = self.attention.k_norm.as_ref();
+        let [k, v] = match &self.attention.kv {
+            KeyValue::Fused(linear) if norm.is_none() => {
+                return self.split_heads(b, "kv", normed, linear, [("k", groups), ("v", groups)]);
             }
             KeyValue::Fused(linear) => {
                 let both = b.linear(&format!("{name}.kv"), normed, linear, b.dtype);
                 b.split(&format!("{name}.kv"), &both, 1, ["k", "v"])
             }
+            KeyValue::Separate { k, v } => {
+                [("k", k), ("v", v)].map(|(part, linear): (_, &Linear)| {
+                    b.linear(&format!("{name}.{part}"), normed, linear, b.dtype)
+                })
+            }
         };
-        let heads = self.config.num_key_value_heads;
-        let k = self.heads_first(b, "k", &k, heads, attention.k_norm.as_ref());
-        let k = self.rotate(b, "k", &k);
-        let v = self.heads_first(b, "v", &v, heads, None);
-        [("key", k), ("value", v)].map(|(part, new)| {
-            let past = format!("past_key_values.{layer}.{part}");
+        [self.heads_first(b, "k", &k, groups, norm), self.heads_first(b, "v", &v, groups, None)]
+    }
+
+    /// One projection onto the heads of several parts, heads first.
+    fn split_heads<const N: usize>(
+        &self,
+        b: &mut Builder,
+        part: &str,
+        normed: &str,
+        linear: &Linear,
+        parts: [(&str, usize); N],
+    ) -> [Name; N] {
+        let all = b.linear(&format!("{}.{part}", self.name), normed, linear, b.dtype);
+        let heads = parts.iter().map(|(_, heads)| heads).sum();
+        let all = self.heads_first(b, part, &all, heads, None);
+        b.split_sizes(&format!("{}.{part}", self.name), &all, 1, parts)
+    }
+
+    /// The caches with the new tokens' keys, rotated, and values, `[batch, kv_heads, total,
+    /// head_dim]` each.
+    fn append(&self, b: &mut Builder, k: &str, v: &str) -> [Name; 2] {
+        let k = self.rotate(b, "k", k);
+        [("key", k.as_str()), ("value", v)].map(|(part, new)| {
+            let past = format!("past_key_values.{}.{part}", self.layer);
             let axis = vec![("axis", Attribute::Int(2))];
-            b.op_with(&format!("present.{layer}.{part}"), "Concat", &[&past, &new], axis)
+            b.op_with(&format!("present.{}.{part}", self.layer), "Concat", &[&past, new], axis)
         })
     }
 
@@ -156,49 +204,54 @@ impl Context<'_> {
         b.microsoft(&name, "RotaryEmbedding", &[x, rows, cos, sin], vec![])
     }
 
-    /// `softmax(q · Kᵀ / √head_dim + bias) · V` of queries `[tokens, heads · head_dim]`, in that
-    /// shape.
-    fn core(
-        &self,
-        b: &mut Builder,
-        q: &str,
-        norm: Option<&Weight>,
-        [key, value]: [&str; 2],
-    ) -> Name {
+    /// `softmax(q · Kᵀ / √head_dim + bias) · V` of queries `[batch, heads, sequence, head_dim]`,
+    /// before rotation: `[tokens, heads · head_dim]`.
+    ///
+    /// The queries that share a key are rows of one matrix, so keys and values need no copies.
+    fn core(&self, b: &mut Builder, q: &str, [key, value]: &[Name; 2]) -> Name {
         let (name, config) = (&self.name, self.config);
         let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-        let q = self.heads_first(b, "q", q, heads, norm);
-        let q = self.rotate(b, "q", &q);
-        // Between the heads' own shape and one matrix of all queries of a group.
         let width = config.head_dim as i64;
-        let regroup = |b: &mut Builder, name: &str, x: Name, heads: usize, last: i64| {
-            if config.num_attention_heads == config.num_key_value_heads {
+        let regroup = |b: &mut Builder, name: &str, x: Name, count: usize| {
+            if heads == groups {
                 return x;
             }
-            let shape =
-                b.ints(&format!("shapes.group.{heads}.{last}"), &[0, heads as i64, -1, last]);
+            let shape = b.ints(&format!("shapes.group.{count}"), &[0, count as i64, -1, width]);
             b.op(name, "Reshape", &[&x, &shape])
         };
-        let q = regroup(b, &format!("{name}.q.groups"), q, groups, width);
+        let q = self.rotate(b, "q", q);
+        let q = regroup(b, &format!("{name}.q.groups"), q, groups);
         let scale = 1.0 / (config.head_dim as f64).sqrt();
         let scores = b.microsoft(
-            &format!("{name}.scores.groups"),
+            &format!("{name}.scores"),
             "FusedMatMul",
             &[&q, key],
             vec![("alpha", Attribute::Float(scale as f32)), ("transB", Attribute::Int(1))],
         );
-        let scores = regroup(b, &format!("{name}.scores"), scores, heads, 0);
         let biased = b.op(&format!("{name}.scores.biased"), "Add", &[&scores, &self.shared.bias]);
         let axis = vec![("axis", Attribute::Int(-1))];
         let shares = b.op_with(&format!("{name}.shares"), "Softmax", &[&biased], axis);
-        let shares = regroup(b, &format!("{name}.shares.groups"), shares, groups, 0);
         let mixed = b.op(&format!("{name}.mixed.groups"), "MatMul", &[&shares, value]);
-        let mixed = regroup(b, &format!("{name}.mixed"), mixed, heads, width);
+        let mixed = regroup(b, &format!("{name}.mixed"), mixed, heads);
         let mixed =
             b.op_with(&format!("{name}.mixed.tokens"), "Transpose", &[&mixed], swap_middle());
         let flat = b.ints("shapes.queries.flat", &[-1, query_width(config) as i64]);
         b.op(&format!("{name}.context"), "Reshape", &[&mixed, &flat])
     }
+}
+
+/// q, k and v as one projection, where k and v already are one and no head is normed.
+fn every_projection(attention: &Attention) -> Option<Linear> {
+    let Attention { q, kv: KeyValue::Fused(kv), q_norm: None, k_norm: None, .. } = attention else {
+        return None;
+    };
+    let join = |q: &Weight, kv: &Weight| Weight::Concat(vec![q.clone(), kv.clone()]);
+    let bias = match (&q.bias, &kv.bias) {
+        (None, None) => None,
+        (Some(q), Some(kv)) => Some(join(q, kv)),
+        _ => return None,
+    };
+    Some(Linear { weight: join(&q.weight, &kv.weight), bias, lora: None })
 }
 
 fn swap_middle() -> Vec<(&'static str, Attribute)> {
@@ -210,10 +263,20 @@ fn heads_shape(heads: usize) -> Name {
     format!("shapes.heads.{heads}")
 }
 
-/// The shapes `[batch, sequence, heads, head_dim]` of queries, and of keys and values.
-pub(super) fn head_shapes(b: &mut Builder, config: &Config) {
+/// The shapes `[batch, sequence, heads, head_dim]` of every number of heads in use.
+pub(super) fn head_shapes(b: &mut Builder, model: &Model) {
+    let config = &model.config;
     let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-    for count in if heads == groups { vec![heads] } else { vec![heads, groups] } {
+    let mut counts = BTreeSet::new();
+    for attention in model.layers.iter().filter_map(|layer| layer.attention.as_ref()) {
+        let fused = matches!(attention.kv, KeyValue::Fused(_)) && attention.k_norm.is_none();
+        if !dispatch::gathers(&attention.routing) && every_projection(attention).is_some() {
+            counts.insert(heads + 2 * groups);
+        } else {
+            counts.extend([heads, if fused { 2 * groups } else { groups }]);
+        }
+    }
+    for count in counts {
         let name = heads_shape(count);
         let split = b.ints(&format!("{name}.split"), &[count as i64, config.head_dim as i64]);
         let axis = vec![("axis", Attribute::Int(0))];

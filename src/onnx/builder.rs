@@ -53,6 +53,17 @@ impl Builder {
         name.to_owned()
     }
 
+    /// `norm(x + change)`, the sum being the fourth output.
+    pub(super) fn skip_norm(
+        &mut self,
+        inputs: &[&str],
+        outputs: &[&str],
+        attributes: Vec<(&'static str, Attribute)>,
+    ) {
+        let op = "SkipSimplifiedLayerNormalization";
+        self.node(outputs[0], MICROSOFT, op, inputs, outputs, attributes);
+    }
+
     fn node(
         &mut self,
         name: &str,
@@ -85,6 +96,24 @@ impl Builder {
         let attributes =
             vec![("axis", Attribute::Int(axis)), ("num_outputs", Attribute::Int(N as i64))];
         self.node(&format!("{name}.split"), "", "Split", &[value], &names, attributes);
+        outputs
+    }
+
+    /// Parts of `value` along `axis`, of the sizes and under the names given.
+    pub(super) fn split_sizes<const N: usize>(
+        &mut self,
+        name: &str,
+        value: &str,
+        axis: i64,
+        parts: [(&str, usize); N],
+    ) -> [Name; N] {
+        let sizes = parts.map(|(_, size)| size as i64);
+        let spelled = sizes.map(|size| size.to_string()).join(".");
+        let sizes = self.ints(&format!("shapes.split.{spelled}"), &sizes);
+        let outputs = parts.map(|(part, _)| format!("{name}.{part}"));
+        let names: Vec<&str> = outputs.iter().map(String::as_str).collect();
+        let axis = vec![("axis", Attribute::Int(axis))];
+        self.node(&format!("{name}.split"), "", "Split", &[value, &sizes], &names, axis);
         outputs
     }
 
@@ -192,23 +221,23 @@ impl Builder {
         let two = self.floats("constants.two", &[], &[2.0]);
         let eps = self.floats("constants.rms_norm_eps", &[], &[eps as f32]);
         let last = self.ints("constants.last_axis", &[-1]);
-        let x = self.to_f32(&format!("{name}.input"), x);
+        let x = self.as_f32(&format!("{name}.input"), x);
         let square = self.op(&format!("{name}.square"), "Pow", &[&x, &two]);
         let mean = self.op(&format!("{name}.mean"), "ReduceMean", &[&square, &last]);
         let shifted = self.op(&format!("{name}.shifted"), "Add", &[&mean, &eps]);
         let root = self.op(&format!("{name}.root"), "Sqrt", &[&shifted]);
         let unit = self.op(&format!("{name}.unit"), "Div", &[&x, &root]);
-        let unit = self.from_f32(&format!("{name}.rounded"), &unit);
+        let unit = self.rounded(&format!("{name}.rounded"), &unit);
         self.op(name, "Mul", &[&unit, &scale])
     }
 
     /// `x` as `f32`.
-    pub(super) fn to_f32(&mut self, name: &str, x: &str) -> Name {
+    pub(super) fn as_f32(&mut self, name: &str, x: &str) -> Name {
         if self.dtype == DType::F32 { x.to_owned() } else { self.cast(name, x, DType::F32) }
     }
 
     /// An `f32` value in the model's dtype.
-    pub(super) fn from_f32(&mut self, name: &str, x: &str) -> Name {
+    pub(super) fn rounded(&mut self, name: &str, x: &str) -> Name {
         if self.dtype == DType::F32 { x.to_owned() } else { self.cast(name, x, self.dtype) }
     }
 

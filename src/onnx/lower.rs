@@ -3,12 +3,13 @@
 //! The hidden state is `[tokens, hidden]`, `tokens = batch · sequence`, so that `Gemm` takes it as
 //! it is and rows can be gathered and scattered.
 
-use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind};
+use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind, Routing};
 
 use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element, Graph, Value};
-use super::routing::{self, Decision};
-use super::{Options, attention, mlp};
+use super::router::{self, Decision};
+use super::stream::Stream;
+use super::{Options, attention, dispatch, mlp};
 use crate::rope;
 
 /// The name of the output that holds the decisions.
@@ -24,7 +25,7 @@ pub(super) struct Shared {
     pub(super) cos: Name,
     /// Sines of every token's angles, `[tokens, head_dim / 2]`.
     pub(super) sin: Name,
-    /// Added to attention scores: 0 where a query may look, `[batch, 1, sequence, total]`.
+    /// Added to attention scores: 0 where a query may look, `[batch, 1, group · sequence, total]`.
     pub(super) bias: Name,
     /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
     pub(super) zero_queries: Option<Name>,
@@ -38,18 +39,18 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let shared = preamble(&mut b, model);
     let embedded = b.op("embedding", "Gather", &[&embedding, "input_ids"]);
     let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
-    let mut x = b.op("layers.input", "Reshape", &[&embedded, &flat]);
+    let mut stream = Stream::Value(b.op("layers.input", "Reshape", &[&embedded, &flat]));
 
     let mut decisions = Vec::new();
     for layer in &model.layers {
-        x = lower_layer(&mut b, &shared, model, layer, x, &mut decisions);
+        stream = lower_layer(&mut b, &shared, model, layer, stream, &mut decisions);
     }
 
-    let normed = b.rms_norm("norm", &x, &model.norm, config.rms_norm_eps);
+    let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
     let head = head_weight(&mut b, model, &embedding);
     let bias = model.head.bias.as_ref().map(|bias| b.weight("head.bias", bias));
     let scores = b.gemm("head", &normed, &head, bias.as_deref());
-    let scores = b.to_f32("head.f32", &scores);
+    let scores = b.as_f32("head.f32", &scores);
     b.op("logits", "Reshape", &[&scores, &shared.batch_sequence]);
 
     let mut outputs = vec![Value {
@@ -128,43 +129,54 @@ fn preamble(b: &mut Builder, model: &Model) -> Shared {
     let angles = b.op("rope.angles", "Mul", &[&positions, &frequencies]);
     let cos = b.op("rope.cos.f32", "Cos", &[&angles]);
     let sin = b.op("rope.sin.f32", "Sin", &[&angles]);
-    let cos = b.from_f32("rope.cos", &cos);
-    let sin = b.from_f32("rope.sin", &sin);
+    let cos = b.rounded("rope.cos", &cos);
+    let sin = b.rounded("rope.sin", &sin);
 
-    let bias = attention::bias(b, &zero, &one);
-    attention::head_shapes(b, config);
+    let bias = attention::bias(b, config, &zero, &one);
+    attention::head_shapes(b, model);
     let attention = model.layers.iter().filter_map(|layer| layer.attention.as_ref());
-    let gathers = attention.map(|attention| routing::gathers(&attention.routing)).any(|g| g);
+    let gathers = attention.into_iter().any(|attention| dispatch::gathers(&attention.routing));
     let zero_queries = gathers.then(|| attention::zero_queries(b, config));
     Shared { batch_sequence, rows, cos, sin, bias, zero_queries }
 }
 
-/// One layer on the residual stream `x` `[tokens, hidden]`.
+/// One layer on the residual stream.
 fn lower_layer(
     b: &mut Builder,
     shared: &Shared,
     model: &Model,
     layer: &Layer,
-    x: Name,
+    mut stream: Stream,
     decisions: &mut Vec<Decision>,
-) -> Name {
+) -> Stream {
     let config = &model.config;
     let at = |kind| ModuleId { layer: layer.index, kind };
-    let slots = routing::shared(b, layer, &x);
-    let mut x = x;
+    let mut slots = router::Decided::default();
+    if layer.router.is_some() {
+        let x = stream.value(b);
+        slots = router::shared(b, layer, &x);
+        stream = Stream::Value(x);
+    }
+    let decide = |b: &mut Builder, module, routing: &Routing, stream: Stream| {
+        if !routing.is_routed() {
+            return (None, stream);
+        }
+        let x = stream.value(b);
+        (router::decide(b, module, routing, &slots, &x), Stream::Value(x))
+    };
     if let Some(attention) = &layer.attention {
         let module = at(ModuleKind::Attention);
-        let decision = routing::decide(b, module, &attention.routing, &slots, &x);
-        x = attention::lower(b, shared, config, module, attention, decision.as_ref(), &x);
+        let (decision, x) = decide(b, module, &attention.routing, stream);
+        stream = attention::lower(b, shared, config, (module, attention), decision.as_ref(), x);
         decisions.extend(decision);
     }
     if let Some(mlp) = &layer.mlp {
         let module = at(ModuleKind::Mlp);
-        let decision = routing::decide(b, module, &mlp.routing, &slots, &x);
-        x = mlp::lower(b, config, module, mlp, decision.as_ref(), &x);
+        let (decision, x) = decide(b, module, &mlp.routing, stream);
+        stream = mlp::lower(b, config, module, mlp, decision.as_ref(), x);
         decisions.extend(decision);
     }
-    x
+    stream
 }
 
 /// All margins as one output, `[modules, batch, sequence]`.

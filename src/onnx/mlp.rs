@@ -3,46 +3,53 @@
 use skipgpt_passes::ir::{Config, GateUp, Mlp, ModuleId};
 
 use super::builder::{Builder, Name};
-use super::routing::{self, Decision};
+use super::dispatch;
+use super::router::Decision;
+use super::stream::Stream;
 
-/// Adds the module to the residual stream `x` `[tokens, hidden]`.
+/// Adds the module to the residual stream.
 pub(super) fn lower(
     b: &mut Builder,
     config: &Config,
     module: ModuleId,
     mlp: &Mlp,
     decision: Option<&Decision>,
-    x: &str,
-) -> Name {
+    stream: Stream,
+) -> Stream {
     let name = module.to_string();
-    let feed_forward = |b: &mut Builder, x: &str| {
-        let normed = b.rms_norm(&format!("{name}.norm"), x, &mlp.norm, config.rms_norm_eps);
-        let (gate, up) = match &mlp.gate_up {
-            GateUp::Separate { gate, up } => (
-                b.linear(&format!("{name}.gate"), &normed, gate, b.dtype),
-                b.linear(&format!("{name}.up"), &normed, up, b.dtype),
-            ),
-            GateUp::Fused(linear) => {
-                let both = b.linear(&format!("{name}.gate_up"), &normed, linear, b.dtype);
-                let [gate, up] = b.split(&format!("{name}.gate_up"), &both, 1, ["gate", "up"]);
-                (gate, up)
-            }
-        };
-        let sigmoid = b.op(&format!("{name}.sigmoid"), "Sigmoid", &[&gate]);
-        let silu = b.op(&format!("{name}.silu"), "Mul", &[&gate, &sigmoid]);
-        let product = b.op(&format!("{name}.product"), "Mul", &[&silu, &up]);
-        b.linear(&format!("{name}.down"), &product, &mlp.down, b.dtype)
+    let (norm, eps) = (format!("{name}.norm"), config.rms_norm_eps);
+    match decision.filter(|decision| decision.gathers()) {
+        None => {
+            let (normed, x) = stream.norm(b, &norm, &mlp.norm, eps);
+            let change = feed_forward(b, &name, mlp, &normed);
+            dispatch::whole(b, decision, &name, x, change)
+        }
+        Some(decision) => {
+            let x = stream.value(b);
+            dispatch::kept(b, decision, config.hidden_size, &x, |b, rows| {
+                let kept = rows.gather(b, &format!("{name}.rows"), &x);
+                let normed = b.rms_norm(&norm, &kept, &mlp.norm, eps);
+                feed_forward(b, &name, mlp, &normed)
+            })
+        }
+    }
+}
+
+/// `[rows, hidden]` to `[rows, hidden]`.
+fn feed_forward(b: &mut Builder, name: &str, mlp: &Mlp, x: &str) -> Name {
+    let (gate, up) = match &mlp.gate_up {
+        GateUp::Separate { gate, up } => (
+            b.linear(&format!("{name}.gate"), x, gate, b.dtype),
+            b.linear(&format!("{name}.up"), x, up, b.dtype),
+        ),
+        GateUp::Fused(linear) => {
+            let both = b.linear(&format!("{name}.gate_up"), x, linear, b.dtype);
+            let [gate, up] = b.split(&format!("{name}.gate_up"), &both, 1, ["gate", "up"]);
+            (gate, up)
+        }
     };
-    routing::dispatch(
-        b,
-        decision,
-        &name,
-        config.hidden_size,
-        x,
-        |b| feed_forward(b, x),
-        |b, rows| {
-            let kept = rows.gather(b, &format!("{name}.rows"), x);
-            feed_forward(b, &kept)
-        },
-    )
+    let sigmoid = b.op(&format!("{name}.sigmoid"), "Sigmoid", &[&gate]);
+    let silu = b.op(&format!("{name}.silu"), "Mul", &[&gate, &sigmoid]);
+    let product = b.op(&format!("{name}.product"), "Mul", &[&silu, &up]);
+    b.linear(&format!("{name}.down"), &product, &mlp.down, b.dtype)
 }

@@ -1,0 +1,57 @@
+//! The residual stream between modules.
+//!
+//! A module that runs for every token leaves its change pending: the norm that follows adds it and
+//! norms the sum in one operator, `SkipSimplifiedLayerNormalization`.
+
+use skipgpt_passes::ir::{DType, Weight};
+
+use super::builder::{Builder, Name};
+use super::graph::Attribute;
+
+/// The residual stream, `[tokens, hidden]`.
+pub(super) enum Stream {
+    /// A value.
+    Value(Name),
+    /// A value and what is to be added to it.
+    Pending {
+        /// The stream before the module.
+        x: Name,
+        /// What the module adds.
+        change: Name,
+        /// What the sum is called.
+        sum: Name,
+    },
+}
+
+impl Stream {
+    /// The stream as one value.
+    pub(super) fn value(self, b: &mut Builder) -> Name {
+        match self {
+            Self::Value(x) => x,
+            Self::Pending { x, change, sum } => b.op(&sum, "Add", &[&x, &change]),
+        }
+    }
+
+    /// The stream normed, and the stream itself.
+    pub(super) fn norm(
+        self,
+        b: &mut Builder,
+        name: &str,
+        scale: &Weight,
+        eps: f64,
+    ) -> (Name, Name) {
+        match self {
+            Self::Pending { x, change, sum } if b.dtype == DType::F32 => {
+                let scale = b.weight(&format!("{name}.weight"), scale);
+                let eps = vec![("epsilon", Attribute::Float(eps as f32))];
+                let outputs = [name, "", "", &sum];
+                b.skip_norm(&[&x, &change, &scale], &outputs, eps);
+                (name.to_owned(), sum)
+            }
+            other => {
+                let x = other.value(b);
+                (b.rms_norm(name, &x, scale, eps), x)
+            }
+        }
+    }
+}
