@@ -8,8 +8,10 @@ use crate::profile::{PlanError, Profile};
 /// What may be chosen about an export.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choices {
-    /// How routed modules skip.
-    pub dispatch: Dispatch,
+    /// How routed modules skip; `None` for what was measured to be fastest on a CPU: a branch
+    /// around attention, whose core would run for skipped tokens too, and gathered MLP rows, which
+    /// cost less than a branch (`docs/lowering.md` has the numbers).
+    pub dispatch: Option<Dispatch>,
     /// Whether weights may be rearranged: not when they are shared with the checkpoint.
     pub rearrange: bool,
     /// Remove modules kept at most this often.
@@ -43,8 +45,8 @@ pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Re
         // One product of twice the width and a copy that splits it again: no faster than two
         // products at one token, slower at many.
         fuse_gate_up: false,
-        attention_dispatch: dispatch,
-        mlp_dispatch: dispatch,
+        attention_dispatch: dispatch.unwrap_or(Dispatch::Conditional),
+        mlp_dispatch: dispatch.unwrap_or(Dispatch::Gathered),
     };
     if let Some(profile) = profile {
         let selection = profile.plan(config, prune_below, always_above)?;

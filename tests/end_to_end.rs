@@ -75,7 +75,12 @@ struct Exported {
 
 fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Exported {
     let checkpoint = variant.read(case);
-    let choices = Choices { dispatch, rearrange: !link, prune_below: None, always_above: None };
+    let choices = Choices {
+        dispatch: Some(dispatch),
+        rearrange: !link,
+        prune_below: None,
+        always_above: None,
+    };
     let plan = plan::build(&checkpoint.model.config, choices, None).unwrap();
     let mut model = checkpoint.model.clone();
     let mut stages = vec![("00-imported".to_owned(), model.clone())];

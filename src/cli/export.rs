@@ -23,7 +23,7 @@ pub(crate) struct Arguments {
     #[arg(short, long, value_name = "ARTIFACT", required_unless_present_any = ["dry_run", "stop_after"])]
     output: Option<PathBuf>,
     /// How routed modules skip
-    #[arg(long, value_enum, default_value_t = DispatchArgument::Conditional)]
+    #[arg(long, value_enum, default_value_t = DispatchArgument::Auto)]
     dispatch: DispatchArgument,
     /// Keep rates that `profile` measured
     #[arg(long, value_name = "FILE")]
@@ -64,6 +64,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DispatchArgument {
+    /// Attention conditional, MLP gathered: the fastest measured
+    Auto,
     /// Everything is computed and multiplied by the decision
     Masked,
     /// Kept rows are gathered, computed and scattered back
@@ -80,12 +82,14 @@ enum WeightsArgument {
     Link,
 }
 
-impl From<DispatchArgument> for Dispatch {
-    fn from(argument: DispatchArgument) -> Self {
-        match argument {
-            DispatchArgument::Masked => Self::Masked,
-            DispatchArgument::Gathered => Self::Gathered,
-            DispatchArgument::Conditional => Self::Conditional,
+impl DispatchArgument {
+    /// `None` leaves the choice to the plan.
+    fn dispatch(self) -> Option<Dispatch> {
+        match self {
+            Self::Auto => None,
+            Self::Masked => Some(Dispatch::Masked),
+            Self::Gathered => Some(Dispatch::Gathered),
+            Self::Conditional => Some(Dispatch::Conditional),
         }
     }
 }
@@ -144,7 +148,7 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     }
     let profile = arguments.profile.as_deref().map(profile::read::read).transpose()?;
     let choices = plan::Choices {
-        dispatch: arguments.dispatch.into(),
+        dispatch: arguments.dispatch.dispatch(),
         rearrange: !link,
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,
@@ -203,7 +207,7 @@ fn recorded(arguments: &Arguments) -> manifest::Options {
             WeightsArgument::Copy => manifest::Weights::Copy,
             WeightsArgument::Link => manifest::Weights::Link,
         },
-        dispatch: (!planned).then(|| arguments.dispatch.into()),
+        dispatch: arguments.dispatch.dispatch().filter(|_| !planned),
         emit_routing: arguments.emit_routing,
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,

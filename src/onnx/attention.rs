@@ -48,7 +48,7 @@ pub(super) fn lower(
         Some(decision) => {
             let [k, v] = c.key_value_heads(b, &normed);
             let cache = c.append(b, &k, &v);
-            dispatch::kept(b, decision, config.hidden_size, &x, |b, rows| {
+            dispatch::kept_rows(b, decision, config.hidden_size, &x, |b, rows| {
                 let kept = rows.gather(b, &format!("{name}.rows"), &normed);
                 let q = b.linear(&format!("{name}.q"), &kept, &attention.q, b.dtype);
                 let q = rows.scatter(b, &format!("{name}.q.all"), c.zero_queries(), &q);

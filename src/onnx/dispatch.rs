@@ -1,10 +1,10 @@
 //! How a module's change reaches the residual stream: for every row, or for the rows a decision
 //! keeps.
 
-use skipgpt_passes::ir::{Dispatch, Routing};
+use skipgpt_passes::ir::{DType, Dispatch, Routing};
 
 use super::builder::{Builder, Name};
-use super::graph::Attribute;
+use super::graph::{Attribute, Element};
 use super::router::Decision;
 use super::stream::Stream;
 
@@ -51,7 +51,7 @@ pub(super) fn whole(
 
 /// The stream after a module that computes its change for kept rows only. Inside a branch there is
 /// at least one.
-pub(super) fn kept(
+pub(super) fn kept_rows(
     b: &mut Builder,
     decision: &Decision,
     width: usize,
@@ -60,32 +60,22 @@ pub(super) fn kept(
 ) -> Stream {
     let name = &decision.place;
     let output = format!("{name}.output");
-    let scattered = |b: &mut Builder, output: &str| {
-        let rows = decision.rows(b);
+    let keep = decision.vector(b);
+    let found = b.op(&format!("{name}.kept"), "NonZero", &[&keep]);
+    let summed = |b: &mut Builder, output: &str| {
+        let indices = b.op(&format!("{name}.indices"), "Transpose", &[&found]);
+        let rows = Rows { keep, indices };
         let change = change(b, &rows);
-        let kept = rows.gather(b, &format!("{name}.residual"), x);
-        let sum = b.op(&format!("{name}.sum"), "Add", &[&kept, &change]);
-        rows.scatter(b, output, x, &sum)
+        rows.add(b, output, x, &change)
     };
-    Stream::Value(match &decision.any {
-        None => scattered(b, &output),
-        Some(any) => b.branch(
-            &output,
-            any,
-            width,
-            |b| scattered(b, &format!("{name}.kept.output")),
-            |b| b.op(&format!("{name}.skipped"), "Identity", &[x]),
-        ),
-    })
-}
-
-impl Decision {
-    fn rows(&self, b: &mut Builder) -> Rows {
-        let keep = self.vector(b);
-        let found = b.op(&format!("{}.kept", self.place), "NonZero", &[&keep]);
-        let indices = b.op(&format!("{}.indices", self.place), "Transpose", &[&found]);
-        Rows { keep, indices }
+    if decision.dispatch != Dispatch::Conditional {
+        return Stream::Value(summed(b, &output));
     }
+    let count = b.op(&format!("{name}.kept.count"), "Size", &[&found]);
+    let any = b.cast_to(&format!("{name}.any"), &count, Element::Bool);
+    let run = |b: &mut Builder| summed(b, &format!("{name}.kept.output"));
+    let skip = |b: &mut Builder| b.op(&format!("{name}.skipped"), "Identity", &[x]);
+    Stream::Value(b.branch(&output, &any, width, run, skip))
 }
 
 impl Rows {
@@ -97,5 +87,17 @@ impl Rows {
     /// `x` `[tokens, width]` with the kept rows replaced by `rows` `[kept, width]`.
     pub(super) fn scatter(&self, b: &mut Builder, name: &str, x: &str, rows: &str) -> Name {
         b.op(name, "ScatterND", &[x, &self.indices, rows])
+    }
+
+    /// `x` `[tokens, width]` with `change` `[kept, width]` added to the kept rows.
+    fn add(&self, b: &mut Builder, name: &str, x: &str, change: &str) -> Name {
+        if b.dtype == DType::F32 {
+            let add = vec![("reduction", Attribute::Text("add"))];
+            return b.op_with(name, "ScatterND", &[x, &self.indices, change], add);
+        }
+        // ONNX Runtime's CPU kernel adds no half-precision numbers.
+        let kept = self.gather(b, &format!("{name}.residual"), x);
+        let sum = b.op(&format!("{name}.sum"), "Add", &[&kept, change]);
+        self.scatter(b, name, x, &sum)
     }
 }

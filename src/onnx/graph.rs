@@ -78,6 +78,8 @@ pub enum Attribute {
     Ints(Vec<i64>),
     /// One real number.
     Float(f32),
+    /// A word.
+    Text(&'static str),
     /// What a `Cast` casts to.
     Type(Element),
     /// A branch of an `If`.

@@ -7,7 +7,7 @@ use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind, Routing};
 
 use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element, Graph, Value};
-use super::router::{self, Decision};
+use super::router::{self, RouterScores};
 use super::stream::Stream;
 use super::{Options, attention, dispatch, mlp};
 use crate::rope;
@@ -41,9 +41,8 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
     let mut stream = Stream::Value(b.op("layers.input", "Reshape", &[&embedded, &flat]));
 
-    let mut decisions = Vec::new();
     for layer in &model.layers {
-        stream = lower_layer(&mut b, &shared, model, layer, stream, &mut decisions);
+        stream = lower_layer(&mut b, &shared, model, layer, stream);
     }
 
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
@@ -59,8 +58,9 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
         shape: vec![BATCH, SEQUENCE, Dim::Fixed(config.vocab_size)],
     }];
     outputs.extend(caches(model, options.dtype, "present", Dim::Symbolic("total_sequence")));
-    if options.emit_routing && !decisions.is_empty() {
-        outputs.push(emit_routing(&mut b, &decisions));
+    let routers = router::router_scores(model);
+    if options.emit_routing && !routers.is_empty() {
+        outputs.push(emit_routing(&mut b, &routers));
     }
     let mut inputs = token_inputs();
     inputs.extend(caches(model, options.dtype, "past_key_values", Dim::Symbolic("past_sequence")));
@@ -147,14 +147,13 @@ fn lower_layer(
     model: &Model,
     layer: &Layer,
     mut stream: Stream,
-    decisions: &mut Vec<Decision>,
 ) -> Stream {
     let config = &model.config;
     let at = |kind| ModuleId { layer: layer.index, kind };
-    let mut slots = router::Decided::default();
+    let mut shared_decisions = None;
     if layer.router.is_some() {
         let x = stream.value(b);
-        slots = router::shared(b, layer, &x);
+        shared_decisions = router::shared(b, layer, &x);
         stream = Stream::Value(x);
     }
     let decide = |b: &mut Builder, module, routing: &Routing, stream: Stream| {
@@ -162,37 +161,44 @@ fn lower_layer(
             return (None, stream);
         }
         let x = stream.value(b);
-        (router::decide(b, module, routing, &slots, &x), Stream::Value(x))
+        (router::decide(b, module, routing, shared_decisions.as_ref(), &x), Stream::Value(x))
     };
     if let Some(attention) = &layer.attention {
         let module = at(ModuleKind::Attention);
         let (decision, x) = decide(b, module, &attention.routing, stream);
         stream = attention::lower(b, shared, config, (module, attention), decision.as_ref(), x);
-        decisions.extend(decision);
     }
     if let Some(mlp) = &layer.mlp {
         let module = at(ModuleKind::Mlp);
         let (decision, x) = decide(b, module, &mlp.routing, stream);
         stream = mlp::lower(b, config, module, mlp, decision.as_ref(), x);
-        decisions.extend(decision);
     }
     stream
 }
 
-/// All margins as one output, `[modules, batch, sequence]`.
-fn emit_routing(b: &mut Builder, decisions: &[Decision]) -> Value {
-    let columns: Vec<Name> = decisions.iter().map(|decision| decision.margin(b)).collect();
+/// All margins as one output, `[modules, batch, sequence]`. A difference of floats is never rounded
+/// to the other side of 0, so a margin says what was decided.
+fn emit_routing(b: &mut Builder, routers: &[RouterScores]) -> Value {
+    let columns: Vec<Name> = routers
+        .iter()
+        .map(|router| {
+            let name = format!("{}.emitted", router.value);
+            let [keep, skip] = b.split(&name, &router.value, 1, ["keep", "skip"]);
+            b.op(&format!("{name}.margins"), "Sub", &[&keep, &skip])
+        })
+        .collect();
     let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
     let axis = vec![("axis", Attribute::Int(1))];
     let all = b.op_with("routing.columns", "Concat", &columns, axis);
     let all = b.op("routing.rows", "Transpose", &[&all]);
-    let count = b.ints("routing.modules", &[columns.len() as i64]);
+    let modules = routers.iter().map(|router| router.modules.len()).sum();
+    let count = b.ints("routing.modules", &[modules as i64]);
     let axis = vec![("axis", Attribute::Int(0))];
     let shape = b.op_with("routing.shape", "Concat", &[&count, "shapes.ids"], axis);
     b.op(ROUTING, "Reshape", &[&all, &shape]);
     Value {
         name: ROUTING.into(),
         element: Element::Float(DType::F32),
-        shape: vec![Dim::Fixed(columns.len()), BATCH, SEQUENCE],
+        shape: vec![Dim::Fixed(modules), BATCH, SEQUENCE],
     }
 }

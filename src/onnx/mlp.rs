@@ -26,7 +26,7 @@ pub(super) fn lower(
         }
         Some(decision) => {
             let x = stream.value(b);
-            dispatch::kept(b, decision, config.hidden_size, &x, |b, rows| {
+            dispatch::kept_rows(b, decision, config.hidden_size, &x, |b, rows| {
                 let kept = rows.gather(b, &format!("{name}.rows"), &x);
                 let normed = b.rms_norm(&norm, &kept, &mlp.norm, eps);
                 feed_forward(b, &name, mlp, &normed)

@@ -174,6 +174,10 @@ fn attribute_proto(
             proto.f = *f;
             AttributeType::FLOAT
         }
+        Attribute::Text(text) => {
+            proto.s = text.as_bytes().to_vec();
+            AttributeType::STRING
+        }
         Attribute::Type(element) => {
             proto.i = data_type(*element).into();
             AttributeType::INT

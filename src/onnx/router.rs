@@ -14,20 +14,10 @@ pub(super) struct Decision {
     pub(super) place: String,
     /// How skipped tokens are skipped.
     pub(super) dispatch: Dispatch,
-    /// Whether any token is kept, one truth value; present where a branch asks.
-    pub(super) any: Option<Name>,
-    /// Keep score minus skip score of every decision of its router, `[tokens, decisions]`, `f32`:
-    /// 0 and above keeps. A difference of floats is never rounded to the other side of 0.
-    margins: Name,
+    /// The decisions of its router, `[tokens, decisions]`.
+    kept: Name,
     /// Which of them is its own.
     slot: usize,
-}
-
-/// What a router decided, by slot.
-#[derive(Debug, Default)]
-pub(super) struct Decided {
-    margins: Name,
-    any: Vec<Name>,
 }
 
 /// Where a router's scores are found in the graph.
@@ -61,21 +51,11 @@ fn scores_of(place: &str) -> Name {
     format!("{place}.router.scores")
 }
 
-/// Whether a module with this routing is inside a branch.
-fn branches(routing: &Routing) -> bool {
-    matches!(routing, Routing::Routed { dispatch: Some(Dispatch::Conditional), .. })
-}
-
-/// Evaluates the layer's shared router, if it has one, on `x` `[tokens, hidden]`.
-pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> Decided {
-    let Some(SharedRouter { hidden, output, decisions }) = &layer.router else {
-        return Decided::default();
-    };
-    let place = format!("layers.{}", layer.index);
-    let attention = layer.attention.as_ref().map(|module| &module.routing);
-    let mlp = layer.mlp.as_ref().map(|module| &module.routing);
-    let branches = attention.into_iter().chain(mlp).any(branches);
-    decide_all(b, &place, (hidden.as_ref(), output), *decisions, branches, x)
+/// The decisions `[tokens, decisions]` of the layer's shared router, if it has one, on `x`
+/// `[tokens, hidden]`.
+pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> Option<Name> {
+    let SharedRouter { hidden, output, .. } = layer.router.as_ref()?;
+    Some(decide_all(b, &format!("layers.{}", layer.index), hidden.as_ref(), output, x))
 }
 
 /// The decision of one module, from the layer's shared router or its own on `x`; `None` if it runs
@@ -84,36 +64,28 @@ pub(super) fn decide(
     b: &mut Builder,
     module: ModuleId,
     routing: &Routing,
-    shared: &Decided,
+    shared: Option<&Name>,
     x: &str,
 ) -> Option<Decision> {
     let Routing::Routed { source, dispatch: Some(dispatch) } = routing else { return None };
     let (place, dispatch) = (module.to_string(), *dispatch);
-    let of = |decided: &Decided, slot: usize| Decision {
-        place: place.clone(),
-        dispatch,
-        any: decided.any.get(slot).cloned(),
-        margins: decided.margins.clone(),
-        slot,
-    };
-    match source {
-        Source::Shared { slot } => Some(of(shared, *slot)),
+    let (kept, slot) = match source {
+        Source::Shared { slot } => (shared?.clone(), *slot),
         Source::Own(router) => {
-            let weights = (router.hidden.as_ref(), &router.output);
-            Some(of(&decide_all(b, &place, weights, 1, branches(routing), x), 0))
+            (decide_all(b, &place, router.hidden.as_ref(), &router.output, x), 0)
         }
-    }
+    };
+    Some(Decision { place, dispatch, kept, slot })
 }
 
 /// The decisions of a router. Always `f32`: rounded routers flip near-ties.
 fn decide_all(
     b: &mut Builder,
     place: &str,
-    (hidden, output): (Option<&Linear>, &Linear),
-    decisions: usize,
-    branches: bool,
+    hidden: Option<&Linear>,
+    output: &Linear,
     x: &str,
-) -> Decided {
+) -> Name {
     let name = format!("{place}.router");
     let mut x = b.as_f32(&format!("{name}.input"), x);
     if let Some(hidden) = hidden {
@@ -122,55 +94,26 @@ fn decide_all(
     }
     let all = b.linear(&scores_of(place), &x, output, DType::F32);
     let [keep, skip] = b.split(&format!("{name}.scores"), &all, 1, ["keep", "skip"]);
-    let margins = b.op(&format!("{name}.margins"), "Sub", &[&keep, &skip]);
-    if !branches {
-        return Decided { margins, any: Vec::new() };
-    }
-    let first = b.ints("constants.first_axis", &[0]);
-    let most = b.op(&format!("{name}.most"), "ReduceMax", &[&margins, &first]);
-    let zero = b.floats("constants.zero.f32", &[], &[0.0]);
-    let any = b.op(&format!("{name}.any"), "GreaterOrEqual", &[&most, &zero]);
-    let any = match decisions {
-        1 => vec![any],
-        _ => b.split(&format!("{name}.any"), &any, 1, ["0", "1"]).to_vec(),
-    };
-    Decided { margins, any }
+    b.op(&format!("{name}.kept"), "GreaterOrEqual", &[&keep, &skip])
 }
 
 impl Decision {
-    /// Keep score minus skip score, `[tokens, 1]`.
-    pub(super) fn margin(&self, b: &mut Builder) -> Name {
-        self.margin_as(b, "margin", true)
-    }
-
     /// The decision as a factor, `[tokens, 1]`, 0 or 1.
     pub(super) fn factor(&self, b: &mut Builder) -> Name {
-        let margin = self.margin_as(b, "own_margin", true);
-        let keep = self.keep(b, &margin);
+        let slot = b.ints(&format!("routing.slot.{}", self.slot), &[self.slot as i64]);
+        let keep = self.pick(b, &slot);
         b.cast(&format!("{}.keep_factor", self.place), &keep, b.dtype)
     }
 
     /// Whether each token is kept, `[tokens]`.
     pub(super) fn vector(&self, b: &mut Builder) -> Name {
-        let margin = self.margin_as(b, "own_margin", false);
-        self.keep(b, &margin)
-    }
-
-    /// The margin as a column, `[tokens, 1]`, or as a vector.
-    fn margin_as(&self, b: &mut Builder, part: &str, column: bool) -> Name {
-        let slot = self.slot as i64;
         // A scalar index drops the axis.
-        let slot = if column {
-            b.ints(&format!("routing.slot.{slot}"), &[slot])
-        } else {
-            b.int(&format!("routing.slot.{slot}.scalar"), slot)
-        };
-        let axis = vec![("axis", Attribute::Int(1))];
-        b.op_with(&format!("{}.{part}", self.place), "Gather", &[&self.margins, &slot], axis)
+        let slot = b.int(&format!("routing.slot.{}.scalar", self.slot), self.slot as i64);
+        self.pick(b, &slot)
     }
 
-    fn keep(&self, b: &mut Builder, margin: &str) -> Name {
-        let zero = b.floats("constants.zero.f32", &[], &[0.0]);
-        b.op(&format!("{}.keep", self.place), "GreaterOrEqual", &[margin, &zero])
+    fn pick(&self, b: &mut Builder, slot: &str) -> Name {
+        let axis = vec![("axis", Attribute::Int(1))];
+        b.op_with(&format!("{}.keep", self.place), "Gather", &[&self.kept, slot], axis)
     }
 }

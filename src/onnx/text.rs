@@ -41,6 +41,7 @@ impl Display for Node {
                 Attribute::Int(value) => write!(f, " {name}={value}")?,
                 Attribute::Ints(values) => write!(f, " {name}={values:?}")?,
                 Attribute::Float(value) => write!(f, " {name}={value:?}")?,
+                Attribute::Text(value) => write!(f, " {name}={value}")?,
                 Attribute::Type(element) => write!(f, " {name}={element}")?,
                 Attribute::Graph(_) => {}
             }
