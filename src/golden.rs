@@ -1,7 +1,7 @@
 //! What an artifact gave once, written down, so that a later run can be held against it: after an
 //! upgrade of ONNX Runtime, on another provider, after another export.
 //!
-//! [`record`] writes greedy tokens, the log-probabilities of the likeliest and every routing decision
+//! [`record()`] writes greedy tokens, the log-probabilities of the likeliest and every routing decision
 //! for each prompt; [`check()`] runs the prompts again, fed the recorded tokens, and compares. No
 //! checkpoint and no reference is needed. `docs/verification.md` describes the file.
 

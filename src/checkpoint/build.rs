@@ -1,4 +1,4 @@
-//! Tensors and numbers become an [`ir::Model`].
+//! Tensors and numbers become an [`Model`].
 
 use skipgpt_passes::ir::{
     Attention, GateUp, KeyValue, Layer, Linear, Lora, Mlp, Model, ModuleKind, Phase, Routing,

@@ -60,7 +60,7 @@ fn an_artifact_and_its_model_are_reported_alike() {
 fn the_report_of_a_model() {
     let bench = Bench::new();
     let report = Report::of_model(&bench.model, Some(&bench.plan), &["merge-lora"]);
-    expect![[r#"
+    expect![[r"
         checkpoint of a llama model: 2 layers, hidden size 4, 2/1 heads of 4, 6 tokens
         phase: Lowered
         passes: merge-lora
@@ -81,6 +81,6 @@ fn the_report_of_a_model() {
         total                        240                     224
         attention core: 16 multiply-adds per cached token
         skippable: 72 multiply-adds/token (32.1 %)
-    "#]]
+    "]]
     .assert_eq(&report.to_string());
 }

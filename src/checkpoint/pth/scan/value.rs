@@ -35,7 +35,7 @@ pub(super) struct Tensor {
     pub(super) parameter: bool,
 }
 
-/// A value of the machine. Parts of composite values are indices into [`Machine::values`].
+/// A value of the machine. Parts of composite values are indices into `Machine::values`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Value {
     /// `None`, `True`, `False` or a float: nothing a tensor needs.
