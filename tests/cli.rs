@@ -209,3 +209,16 @@ fn a_plan_repeats_an_export() {
     let read = |name: &str| std::fs::read(place.path(name)).unwrap();
     assert_eq!(read("first/model.onnx"), read("second/model.onnx"));
 }
+
+#[test]
+fn a_safetensors_export_is_a_checkpoint_again() {
+    let place = Place::new();
+    let (code, _, message) = place.export("merged", &["--format", "safetensors"]);
+    assert_eq!(code, 0, "{message}");
+    assert_eq!(place.export("artifact", &[]).0, 0);
+    let (merged, artifact) = (place.path("merged"), place.path("artifact"));
+    let router = place.path("merged/router.safetensors");
+    let verify = ["verify", &artifact, "--model", &merged, "--router", &router];
+    let report = succeeds(&[&verify[..], &["--greedy-tokens", "4"]].concat());
+    assert!(report.contains("verified: "), "{report}");
+}

@@ -8,9 +8,10 @@ use clap::{Args, ValueEnum};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::profile;
-use skipgpt_export::{inspect, onnx, plan};
+use skipgpt_export::{inspect, onnx, plan, safetensors};
 use skipgpt_passes::ir::{DType, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
+use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
 
 use super::{CheckpointArguments, ReportArguments, Verdict, screen, sources};
@@ -22,7 +23,10 @@ pub(crate) struct Arguments {
     /// The artifact directory to create
     #[arg(short, long, value_name = "ARTIFACT", required_unless_present_any = ["dry_run", "stop_after"])]
     output: Option<PathBuf>,
-    /// How routed modules skip
+    /// What is written
+    #[arg(long, value_enum, default_value_t = FormatArgument::Onnx)]
+    format: FormatArgument,
+    /// How routed modules skip (ONNX)
     #[arg(long, value_enum, default_value_t = DispatchArgument::Auto)]
     dispatch: DispatchArgument,
     /// Keep rates that `profile` measured
@@ -63,6 +67,14 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum FormatArgument {
+    /// An artifact for ONNX Runtime
+    Onnx,
+    /// A Hugging Face checkpoint: adapter merged, modules removed, routers beside it
+    Safetensors,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DispatchArgument {
     /// Attention conditional, MLP gathered: the fastest measured
     Auto,
@@ -98,41 +110,63 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let start = Instant::now();
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;
-    let passes = match &arguments.stop_after {
-        Some(name) => registry::through(name)?,
-        None => PASSES,
+    let passes = match (&arguments.stop_after, arguments.format) {
+        (Some(name), _) => registry::through(name)?,
+        (None, FormatArgument::Onnx) => PASSES,
+        (None, FormatArgument::Safetensors) => registry::through(PruneModules.name())?,
     };
     let model = lower(arguments, &checkpoint, &plan, passes)?;
     if arguments.stop_after.is_some() {
         screen::print(&model.to_string())?;
         return Ok(Verdict::Holds);
     }
-    let options = onnx::Options { dtype: DType::F32, emit_routing: arguments.emit_routing };
-    let graph = onnx::lower(validate(&model)?, options)?;
     let names: Vec<&str> = passes.iter().map(|pass| pass.name()).collect();
     let Some(output) = arguments.output.as_deref().filter(|_| !arguments.dry_run) else {
         let report = inspect::Report::of_model(&model, Some(&plan), &names);
         screen::report(&report, &arguments.report)?;
         return Ok(Verdict::Holds);
     };
-
-    let request = artifact::Request {
-        output,
-        force: arguments.force,
-        model: &model,
-        graph: &graph,
-        checkpoint: &checkpoint,
-        plan: &plan,
-        passes: &names,
-        options: recorded(arguments),
-        min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
-    };
     let bar = screen::bytes("writing");
-    artifact::write(&request, &mut |progress| {
+    let mut progress = |progress: artifact::Progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
         screen::go_on()
-    })?;
+    };
+    match arguments.format {
+        FormatArgument::Onnx => {
+            let options = onnx::Options { dtype: DType::F32, emit_routing: arguments.emit_routing };
+            let graph = onnx::lower(validate(&model)?, options)?;
+            artifact::write(
+                &artifact::Request {
+                    output,
+                    force: arguments.force,
+                    model: &model,
+                    graph: &graph,
+                    checkpoint: &checkpoint,
+                    plan: &plan,
+                    passes: &names,
+                    options: recorded(arguments),
+                    min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
+                },
+                &mut progress,
+            )?;
+        }
+        FormatArgument::Safetensors => {
+            safetensors::write(
+                &safetensors::Request {
+                    output,
+                    force: arguments.force,
+                    model: validate(&model)?,
+                    checkpoint: &checkpoint,
+                    plan: &plan,
+                    passes: &names,
+                    options: recorded(arguments),
+                    dtype: None,
+                },
+                &mut progress,
+            )?;
+        }
+    }
     bar.finish_and_clear();
     let report = inspect::Report::of_artifact(&artifact::open(output)?);
     screen::report(&report, &arguments.report)?;
@@ -201,7 +235,10 @@ fn show(dump: Option<&Path>, print: bool, number: usize, pass: &str, model: &Mod
 fn recorded(arguments: &Arguments) -> manifest::Options {
     let planned = arguments.plan.is_some();
     manifest::Options {
-        format: manifest::Format::Onnx,
+        format: match arguments.format {
+            FormatArgument::Onnx => manifest::Format::Onnx,
+            FormatArgument::Safetensors => manifest::Format::Safetensors,
+        },
         dtype: DType::F32,
         weights: match arguments.weights {
             WeightsArgument::Copy => manifest::Weights::Copy,

@@ -328,6 +328,8 @@ fn config_json(
     let mut config = json!({
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": false,
+        // Without them transformers adds token_type_ids, which these models refuse.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": context,
         "tokenizer_class": "PreTrainedTokenizerFast",
     });
