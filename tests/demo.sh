@@ -10,7 +10,7 @@ prompt="It is a truth universally acknowledged, that"
 rm -rf "$demo"
 mkdir -p "$demo"
 
-step() { printf '\n$ skipgpt-export %s\n' "$*"; "$run" "$@"; }
+step() { printf '\n$ skipgpt-export %s\n' "$*" >&2; "$run" "$@"; }
 seconds() { # FILE COMMAND...: runs the command, leaves its seconds in FILE
   local file=$1 start
   shift
@@ -24,7 +24,7 @@ for kind in dense routed; do
   source=(--model "$demo/model")
   [ $kind = dense ] || source+=(--router "$router")
   seconds "$demo/$kind.seconds" step export "${source[@]}" -o "$demo/$kind" >"$demo/$kind.export"
-  head -n 2 "$demo/$kind.export"
+  head -n 1 "$demo/$kind.export"
   step verify "$demo/$kind" "${source[@]}" --greedy-tokens 16 | tail -n 1
   step generate "$demo/$kind" --prompt "$prompt" --max-new-tokens 64 --json "$demo/$kind.json"
 done

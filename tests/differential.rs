@@ -149,31 +149,6 @@ fn the_reference_computes_what_the_oracle_computed() {
     }
 }
 
-#[test]
-fn oracle_mistral_wide_heads() {
-    case_agrees("mistral-wide-heads", true);
-}
-
-#[test]
-fn oracle_qwen3_head_norm() {
-    case_agrees("qwen3-head-norm", true);
-}
-
-#[test]
-fn oracle_llama_biases_linear_rope() {
-    case_agrees("llama-biases-linear-rope", true);
-}
-
-#[test]
-fn oracle_llama_bf16_rslora() {
-    case_agrees("llama-bf16-rslora", true);
-}
-
-#[test]
-fn oracle_llama_f16() {
-    case_agrees("llama-f16", false);
-}
-
 /// Candle's own Llama, which gives the logits of the last token only.
 struct Llama {
     model: llama::Llama,
