@@ -23,9 +23,6 @@ use skipgpt_passes::validate::Validated;
 
 use graph::Graph;
 
-/// The version of the standard operators.
-pub const OPSET: i64 = 18;
-
 /// The oldest ONNX Runtime that runs what is emitted here.
 pub const MINIMUM_ONNXRUNTIME: &str = "1.20";
 

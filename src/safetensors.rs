@@ -159,7 +159,7 @@ pub fn write(request: &Request<'_>, progress: OnProgress<'_>) -> Result<Manifest
         passes: request.passes.iter().map(ToString::to_string).collect(),
         model: ModelFacts::of(&model.config),
         routing: manifest::Routing::of(model, request.plan),
-        cache_layers: manifest::cache_layers(model),
+        cache_layers: model.cached_layers().collect(),
         work: Work::of(model),
         graph: None,
         inputs,

@@ -224,18 +224,12 @@ impl Routing {
     /// The routed modules of `model`.
     pub fn of_model(model: &ir::Model) -> Self {
         let mut routing = Self::default();
-        for layer in &model.layers {
-            let attention = layer.attention.as_ref().map(|attention| &attention.routing);
-            let mlp = layer.mlp.as_ref().map(|mlp| &mlp.routing);
-            for (kind, found) in
-                [(ir::ModuleKind::Attention, attention), (ir::ModuleKind::Mlp, mlp)]
-            {
-                if let Some(ir::Routing::Routed { dispatch, .. }) = found {
-                    routing.routed.push(ModuleId { layer: layer.index, kind });
-                    match kind {
-                        ir::ModuleKind::Attention => routing.attention_dispatch = *dispatch,
-                        ir::ModuleKind::Mlp => routing.mlp_dispatch = *dispatch,
-                    }
+        for module in model.routed_modules() {
+            routing.routed.push(module);
+            if let Some(ir::Routing::Routed { dispatch, .. }) = model.routing(module) {
+                match module.kind {
+                    ir::ModuleKind::Attention => routing.attention_dispatch = *dispatch,
+                    ir::ModuleKind::Mlp => routing.mlp_dispatch = *dispatch,
                 }
             }
         }
@@ -272,11 +266,6 @@ impl GraphFacts {
             operators,
         }
     }
-}
-
-/// Layers of `model` with a cache.
-pub fn cache_layers(model: &ir::Model) -> Vec<usize> {
-    model.layers.iter().filter(|layer| layer.attention.is_some()).map(|layer| layer.index).collect()
 }
 
 impl Manifest {

@@ -129,7 +129,7 @@ fn write_staged(
         passes: request.passes.iter().map(ToString::to_string).collect(),
         model: ModelFacts::of(&model.config),
         routing: manifest::Routing::of(model, request.plan),
-        cache_layers: manifest::cache_layers(model),
+        cache_layers: model.cached_layers().collect(),
         work: Work::of(model),
         graph: Some(GraphFacts::of(graph, request.min_onnxruntime)),
         inputs: records(&inputs, &checkpoint.directory, digests),

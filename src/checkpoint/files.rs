@@ -76,3 +76,24 @@ pub(super) fn json(path: &Path, limit: u64) -> Result<Value, Error> {
         .map_err(|source| Error::Read { path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.to_owned(), source })
 }
+
+/// Whether a setting's value says that it is not in use; a number does if it is `unused`.
+pub(super) fn is_unused(value: &Value, unused: Option<f64>) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => unused.is_some() && number.as_f64() == unused,
+        Value::String(text) => text.is_empty(),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(map) => map.is_empty(),
+    }
+}
+
+/// A setting's value for a message: short ones whole.
+pub(super) fn show(value: &Value) -> String {
+    match value {
+        Value::Object(_) => "an object".to_owned(),
+        Value::Array(values) if values.len() > 8 => "a list".to_owned(),
+        other => other.to_string(),
+    }
+}

@@ -1,7 +1,5 @@
 //! `golden`: records what an artifact gives, and checks later runs against the record.
 
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -88,7 +86,7 @@ fn record(arguments: &RecordArguments) -> Result<Verdict> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    write(&arguments.output, |file| golden.write(file))?;
+    screen::write_file(&arguments.output, |file| golden.write(file))?;
     let count = golden.prompts.len();
     screen::line(format_args!("{}: {count} prompts recorded", arguments.output.display()))?;
     Ok(Verdict::Holds)
@@ -116,7 +114,7 @@ fn check(arguments: &CheckArguments) -> Result<Verdict> {
     })?;
     bar.finish_and_clear();
     if let Some(path) = &arguments.junit {
-        write(path, |file| golden::junit(&report, file))?;
+        screen::write_file(path, |file| golden::junit(&report, file))?;
     }
     screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
@@ -153,15 +151,4 @@ impl Opened {
             dtype: artifact.manifest.options.dtype,
         })
     }
-}
-
-/// Writes a file beside its place and moves it there.
-fn write(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
-    let partial = path.with_extension("partial");
-    let written = File::create(&partial).and_then(|mut file| {
-        fill(&mut file)?;
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    });
-    written.with_context(|| format!("{}: cannot be written", path.display()))
 }

@@ -1,6 +1,7 @@
 //! The terminal: progress bars where there is one, reports as text or JSON, interruption.
 
 use std::fmt::Display;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -94,5 +95,23 @@ pub(crate) fn report(report: &(impl Serialize + Display), to: &ReportArguments) 
 /// Writes a value as an indented JSON file.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)? + "\n";
-    std::fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
+    write_file(path, |file| file.write_all(text.as_bytes()))
+}
+
+/// Writes a file beside its place and moves it there; a device or a pipe is written as it is.
+pub(crate) fn write_file(
+    path: &Path,
+    fill: impl FnOnce(&mut File) -> io::Result<()>,
+) -> Result<()> {
+    let special = path.metadata().is_ok_and(|found| !found.is_file());
+    let partial = if special { path.to_owned() } else { path.with_extension("partial") };
+    let written = File::create(&partial).and_then(|mut file| {
+        fill(&mut file)?;
+        if special {
+            return Ok(());
+        }
+        file.sync_all()?;
+        std::fs::rename(&partial, path)
+    });
+    written.with_context(|| format!("{}: cannot be written", path.display()))
 }

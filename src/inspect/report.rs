@@ -10,7 +10,7 @@ use skipgpt_passes::plan::Plan;
 use super::Work;
 use crate::artifact::Artifact;
 use crate::artifact::manifest::{
-    FileRecord, GraphFacts, Manifest, ModelFacts, Options, Routing, Tool, cache_layers,
+    FileRecord, GraphFacts, Manifest, ModelFacts, Options, Routing, Tool,
 };
 
 /// Everything `inspect` tells, in the order in which it tells it.
@@ -135,7 +135,7 @@ impl Report {
             work,
             totals,
             routing,
-            cache_layers: cache_layers(model),
+            cache_layers: model.cached_layers().collect(),
             graph: None,
             files: Vec::new(),
         }

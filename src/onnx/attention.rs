@@ -66,10 +66,8 @@ pub(super) fn lower(
 /// padding NaN).
 pub(super) fn bias(b: &mut Builder, config: &Config, zero: &str, one: &str) -> Name {
     let mask_shape = b.op("mask.shape", "Shape", &["attention_mask"]);
-    let ids_shape = "shapes.ids";
-    let first = b.int("constants.one", 1);
-    let total = b.op("mask.total", "Gather", &[&mask_shape, &first]);
-    let sequence = b.op("mask.sequence", "Gather", &[ids_shape, &first]);
+    let total = b.op("mask.total", "Gather", &[&mask_shape, one]);
+    let sequence = b.op("mask.sequence", "Gather", &["shapes.ids", one]);
     let past = b.op("mask.past", "Sub", &[&total, &sequence]);
     let keys = b.op("mask.keys", "Range", &[zero, &total, one]);
     let queries = b.op("mask.queries", "Range", &[&past, &total, one]);

@@ -84,11 +84,11 @@ fn caches(model: &Model, dtype: DType, prefix: &str, length: Dim) -> Vec<Value> 
     let config = &model.config;
     let shape =
         vec![BATCH, Dim::Fixed(config.num_key_value_heads), length, Dim::Fixed(config.head_dim)];
-    let cached = model.layers.iter().filter(|layer| layer.attention.is_some());
+    let cached = model.cached_layers();
     cached
         .flat_map(|layer| {
             ["key", "value"].map(|part| Value {
-                name: format!("{prefix}.{}.{part}", layer.index),
+                name: format!("{prefix}.{layer}.{part}"),
                 element: Element::Float(dtype),
                 shape: shape.clone(),
             })

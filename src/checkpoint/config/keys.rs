@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use skipgpt_passes::ir::Architecture;
 
 use super::{Conflict, Error};
+use crate::checkpoint::files::{is_unused, show};
 
 /// Largest size a config may state: that of a 31-bit index.
 const LARGEST: u64 = i32::MAX as u64;
@@ -196,26 +197,5 @@ impl Keys<'_> {
 
     pub(super) fn conflict(&self, conflict: Conflict) -> Error {
         Error::Conflict { path: self.path.to_owned(), conflict }
-    }
-}
-
-/// Whether a value says that its key is not in use.
-fn is_unused(value: &Value, unused: Option<f64>) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Bool(true) => false,
-        Value::Number(number) => unused.is_some() && number.as_f64() == unused,
-        Value::String(text) => text.is_empty(),
-        Value::Array(values) => values.is_empty(),
-        Value::Object(map) => map.is_empty(),
-    }
-}
-
-/// A value for a message: short ones whole.
-fn show(value: &Value) -> String {
-    match value {
-        Value::Object(_) => "an object".to_owned(),
-        Value::Array(values) if values.len() > 8 => "a list".to_owned(),
-        other => other.to_string(),
     }
 }

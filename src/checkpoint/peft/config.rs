@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::checkpoint::files;
+use crate::checkpoint::files::{self, is_unused, show};
 
 /// Most bytes the settings may have.
 const LIMIT: u64 = 4 << 20;
@@ -171,7 +171,7 @@ impl Keys<'_> {
                     "the adapter was trained on transposed weights; train it on linear layers"
                 }
                 (key, _) if HARMLESS.contains(&key) => continue,
-                (_, found) if is_unused(found) => continue,
+                (_, found) if is_unused(found, None) => continue,
                 _ => MERGE,
             };
             return Err(Error::Unsupported {
@@ -230,25 +230,5 @@ impl Keys<'_> {
     fn value(&self, key: &str, found: Option<&Value>, expected: &'static str) -> Error {
         let found = found.map_or_else(|| "missing".to_owned(), show);
         Error::Value { path: self.path.to_owned(), key: key.to_owned(), found, expected }
-    }
-}
-
-/// Whether a value says that its key is not in use.
-fn is_unused(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Bool(true) | Value::Number(_) => false,
-        Value::String(text) => text.is_empty(),
-        Value::Array(values) => values.is_empty(),
-        Value::Object(map) => map.is_empty(),
-    }
-}
-
-/// A value for a message: short ones whole.
-fn show(value: &Value) -> String {
-    match value {
-        Value::Object(_) => "an object".to_owned(),
-        Value::Array(values) if values.len() > 8 => "a list".to_owned(),
-        other => other.to_string(),
     }
 }
