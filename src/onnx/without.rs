@@ -61,6 +61,8 @@ pub fn without(bytes: &[u8], modules: &BTreeSet<ModuleId>) -> Result<Vec<u8>, Er
     }
     prune(graph);
     fuse(graph);
+    // The scales of norms that were fused away.
+    prune(graph);
     Ok(serialise(&model)?)
 }
 
