@@ -174,8 +174,7 @@ pub fn run(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Report, Error> {
     check(request, options)?;
-    let sources: Vec<Source> =
-        request.baseline.iter().chain(&request.artifacts).cloned().collect();
+    let sources: Vec<Source> = request.baseline.iter().chain(&request.artifacts).cloned().collect();
     let scripts = request
         .workloads
         .iter()

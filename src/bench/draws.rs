@@ -131,7 +131,8 @@ mod tests {
             for module in modules(10) {
                 for row in 0..4 {
                     for position in 0..100 {
-                        let same = draws.skips(module, row, position) == other(module, row, position);
+                        let same =
+                            draws.skips(module, row, position) == other(module, row, position);
                         agreeing += usize::from(same);
                     }
                 }
@@ -172,7 +173,8 @@ mod tests {
             assert_eq!(0.0 >= *threshold, keeps, "{token}, {column}");
             assert_eq!(!keeps, draws(0.5).skips(modules[m], token / 3, (token % 3) as i64));
         }
-        let unknown = force::Input { name: "forced.b".into(), modules: self::modules(3)[5..].to_vec() };
+        let unknown =
+            force::Input { name: "forced.b".into(), modules: self::modules(3)[5..].to_vec() };
         assert!(super::thresholds(&unknown, &routing).iter().all(|t| *t == f32::NEG_INFINITY));
     }
 

@@ -130,18 +130,18 @@ impl Plan {
 
 /// One set of modules per seed, of the mean size that `shares` ask for.
 fn removals(source: &Source, shares: &Shares, ideals: Ideals) -> Vec<BTreeSet<ModuleId>> {
-    let kinds = [
-        (ModuleKind::Attention, shares.skipped.attention),
-        (ModuleKind::Mlp, shares.skipped.mlp),
-    ];
+    let kinds =
+        [(ModuleKind::Attention, shares.skipped.attention), (ModuleKind::Mlp, shares.skipped.mlp)];
     (0..ideals.seeds)
         .map(|seed| {
             let mut removed = BTreeSet::new();
             for (kind, share) in kinds {
                 let modules = source.routed_of(kind);
                 // One kind is rounded up where the other is rounded down.
-                let turn = if kind == ModuleKind::Attention { seed } else { ideals.seeds - 1 - seed };
-                let count = dithered(share.unwrap_or_default() * modules.len() as f64, turn, ideals.seeds);
+                let turn =
+                    if kind == ModuleKind::Attention { seed } else { ideals.seeds - 1 - seed };
+                let count =
+                    dithered(share.unwrap_or_default() * modules.len() as f64, turn, ideals.seeds);
                 removed.extend(choose(&modules, count, ideals.seed + seed as u64));
             }
             removed

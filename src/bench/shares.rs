@@ -135,10 +135,7 @@ mod tests {
     }
 
     fn facts() -> Facts {
-        let weights = [
-            (module(0, ModuleKind::Attention), 10),
-            (module(0, ModuleKind::Mlp), 30),
-        ];
+        let weights = [(module(0, ModuleKind::Attention), 10), (module(0, ModuleKind::Mlp), 30)];
         Facts {
             module: [100.0, 300.0],
             everything: 1000.0,

@@ -123,8 +123,7 @@ mod tests {
     #[test]
     fn quantiles_lie_between_neighbours() {
         let spread = Spread::of([4.0, 1.0, 3.0, 2.0]);
-        let expected =
-            Spread { min: 1.0, lower_quartile: 1.75, median: 2.5, upper_quartile: 3.25 };
+        let expected = Spread { min: 1.0, lower_quartile: 1.75, median: 2.5, upper_quartile: 3.25 };
         assert_eq!(spread, expected);
         assert_eq!(Spread::of([7.0]).upper_quartile, 7.0);
         assert_eq!(spread.times(2.0).median, 5.0);

@@ -56,7 +56,9 @@ impl Source {
     pub fn open(directory: &Path) -> Result<Self, artifact::Error> {
         let artifact = match artifact::open(directory) {
             Ok(artifact) => Some(artifact),
-            Err(artifact::Error::NotAnArtifact(_)) if directory.join(names::MODEL).is_file() => None,
+            Err(artifact::Error::NotAnArtifact(_)) if directory.join(names::MODEL).is_file() => {
+                None
+            }
             Err(error) => return Err(error),
         };
         Ok(Self { directory: directory.to_owned(), artifact })

@@ -54,8 +54,7 @@ impl Workload {
     pub fn full(text: bool) -> Vec<Self> {
         let mut workloads = Vec::new();
         for cached in [128, 1024, 4096] {
-            workloads
-                .extend([1, 4, 8].map(|sequences| Self::Decode { sequences, cached }));
+            workloads.extend([1, 4, 8].map(|sequences| Self::Decode { sequences, cached }));
         }
         workloads.extend([256, 1024].map(|tokens| Self::Prefill { tokens }));
         workloads.extend(text.then_some(Self::Mixed { prompt: 256, new: 128 }));
@@ -275,7 +274,8 @@ mod tests {
         }
         assert_eq!(Workload::full(true).len(), 12);
         assert_eq!(Workload::quick(false).len(), 2);
-        for wrong in ["", "decode", "decode:1", "decode:0:4", "prefill:x", "mixed:1:2:3", "chat:1"] {
+        for wrong in ["", "decode", "decode:1", "decode:0:4", "prefill:x", "mixed:1:2:3", "chat:1"]
+        {
             assert_eq!(wrong.parse::<Workload>(), Err(Unknown(wrong.to_owned())));
         }
     }
@@ -290,7 +290,8 @@ mod tests {
         let first = &script.samples[0][0];
         assert_eq!((first.batch(), first.sequence(), first.positions[[1, 0]]), (2, 1, 10));
         assert_eq!(script.distinct().count(), 4);
-        let short = self::script("decode:2:2", &Tokens::Drawn { seed: 1, vocab: 50 }).expect("drawn");
+        let short =
+            self::script("decode:2:2", &Tokens::Drawn { seed: 1, vocab: 50 }).expect("drawn");
         assert_eq!((short.start, short.warmup.len(), short.samples[0][0].past()), (0, 2, 2));
     }
 

@@ -23,7 +23,7 @@ pub(crate) struct Arguments {
     baseline: Option<PathBuf>,
     /// decode:SEQUENCES:CACHED, prefill:TOKENS or mixed:PROMPT:NEW
     /// [default: decode:1:128 prefill:256, and mixed:256:128 with --text]
-    #[arg(long = "workload", value_name = "WORKLOAD", num_args = 1.., value_delimiter = ',')]
+    #[arg(long = "workload", value_name = "WORKLOAD", value_delimiter = ',')]
     workloads: Vec<Workload>,
     /// Every workload: 1, 4 and 8 sequences, up to 4,096 cached, prefill up to 1,024
     #[arg(long, conflicts_with = "workloads")]
@@ -44,7 +44,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 4)]
     warmup: usize,
     /// Also time drawn decisions that skip these percentages
-    #[arg(long, value_name = "PERCENT", num_args = 1.., value_delimiter = ',')]
+    #[arg(long, value_name = "PERCENT", value_delimiter = ',')]
     force_skip: Vec<f64>,
     /// Compare with static graphs of the baseline that do the same share of multiply-adds
     #[arg(long)]

@@ -46,18 +46,14 @@ pub enum Error {
 /// # Errors
 ///
 /// [`Error::NoDecision`] if a router's scores are compared with nothing.
-pub fn with_forced(
-    bytes: &[u8],
-    routers: &[RouterScores],
-) -> Result<(Vec<u8>, Vec<Input>), Error> {
+pub fn with_forced(bytes: &[u8], routers: &[RouterScores]) -> Result<(Vec<u8>, Vec<Input>), Error> {
     let mut model = ModelProto::parse_from_bytes(bytes).map_err(proto::Error::from)?;
     let graph = model.graph.mut_or_insert_default();
     let mut inputs = Vec::with_capacity(routers.len());
     for RouterScores { value, modules } in routers {
         let place = value.strip_suffix(".router.scores").unwrap_or(value);
         let input = Input { name: format!("{PREFIX}{place}"), modules: modules.clone() };
-        let decision =
-            decision(graph, value).ok_or_else(|| Error::NoDecision(value.clone()))?;
+        let decision = decision(graph, value).ok_or_else(|| Error::NoDecision(value.clone()))?;
         graph.node[decision].input[1].clone_from(&input.name);
         graph.input.push(value_proto(&Value {
             name: input.name.clone(),

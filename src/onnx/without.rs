@@ -106,7 +106,9 @@ fn fuse(graph: &mut GraphProto) {
         at = first + 1;
         let sum = graph.node[first].output[3].clone();
         let reads = |node: &NodeProto| node.op_type == NORM && node.input[0] == sum;
-        let Some(second) = (at..graph.node.len()).find(|i| reads(&graph.node[*i])) else { continue };
+        let Some(second) = (at..graph.node.len()).find(|i| reads(&graph.node[*i])) else {
+            continue;
+        };
         let adds = graph.node[first].clone();
         let norm = &mut graph.node[second];
         let (scale, normed) = (norm.input[1].clone(), norm.output[0].clone());

@@ -253,7 +253,11 @@ impl OnnxDecoder {
             let (rows, _, tokens, _) = entry.key.dim();
             let (batch, length) = *extent.get_or_insert((rows, tokens));
             let value = |half: &Half, array| {
-                expect(&half.past, ndarray::Array4::shape(array).to_vec(), &half.shape(batch, length))?;
+                expect(
+                    &half.past,
+                    ndarray::Array4::shape(array).to_vec(),
+                    &half.shape(batch, length),
+                )?;
                 from_floats(&half.past, half.element, array)
             };
             layers.push([value(&layer.key, &entry.key)?, value(&layer.value, &entry.value)?]);

@@ -69,7 +69,8 @@ fn csv_has_one_row_per_line_and_as_many_fields_as_names() {
     let names: Vec<&str> = rows[0].split(',').collect();
     assert_eq!(names[..5], ["workload", "artifact", "decisions", "force_skip", "ms_median"]);
     assert_eq!(rows[1].split(',').count(), names.len());
-    let start = "decode:4:128,\"a/routed, 1\",drawn,25,12.5,10,11,13,3.125,48,1.25,1.1,1.5,0.25,,0.25,";
+    let start =
+        "decode:4:128,\"a/routed, 1\",drawn,25,12.5,10,11,13,3.125,48,1.25,1.1,1.5,0.25,,0.25,";
     assert!(rows[2].starts_with(start), "{}", rows[2]);
 }
 

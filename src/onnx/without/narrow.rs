@@ -145,12 +145,7 @@ fn producer(graph: &GraphProto, value: &str) -> Option<usize> {
     graph.node.iter().position(|node| node.output.iter().any(|output| output == value))
 }
 
-fn find(
-    graph: &GraphProto,
-    value: &str,
-    op: &str,
-    expected: &'static str,
-) -> Result<usize, Error> {
+fn find(graph: &GraphProto, value: &str, op: &str, expected: &'static str) -> Result<usize, Error> {
     producer(graph, value)
         .filter(|at| graph.node[*at].op_type == op)
         .ok_or_else(|| Error::Form { node: value.to_owned(), expected })

@@ -100,7 +100,10 @@ fn an_attention_module_leaves_keys_and_values() -> Result {
     let old = place(&parsed(&whole)?, "layers.1.attention.qkv.weight").ok_or("no weight")?;
     let new = place(&graph, "layers.1.attention.qkv.weight.without_queries");
     assert_eq!(new, Some(old + narrow));
-    assert_eq!(node(&graph, "layers.1.attention.qkv.heads"), "Reshape(layers.1.attention.qkv, shapes.heads.4)");
+    assert_eq!(
+        node(&graph, "layers.1.attention.qkv.heads"),
+        "Reshape(layers.1.attention.qkv, shapes.heads.4)"
+    );
     assert_eq!(
         node(&graph, "layers.1.mlp.norm"),
         "SimplifiedLayerNormalization(layers.0.mlp.output, layers.1.mlp.norm.weight)"
@@ -140,9 +143,11 @@ fn half_precision_adds_and_norms_apart() -> Result {
 fn what_is_routed_or_absent_is_refused_by_name() -> Result {
     let mlp = modules(&[(1, ModuleKind::Mlp)]);
     let routed = without(&model("llama-gqa", true, DType::F32)?, &mlp);
-    let message = "the graph has no layers.1.mlp that runs for every token: a dense artifact is needed";
+    let message =
+        "the graph has no layers.1.mlp that runs for every token: a dense artifact is needed";
     assert_eq!(routed.err().map(|error| error.to_string()).as_deref(), Some(message));
-    let absent = without(&model("llama-gqa", false, DType::F32)?, &modules(&[(9, ModuleKind::Mlp)]));
+    let absent =
+        without(&model("llama-gqa", false, DType::F32)?, &modules(&[(9, ModuleKind::Mlp)]));
     assert!(matches!(absent, Err(Error::NoModule(_))));
     Ok(())
 }
