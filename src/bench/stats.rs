@@ -125,8 +125,9 @@ mod tests {
         let spread = Spread::of([4.0, 1.0, 3.0, 2.0]);
         let expected = Spread { min: 1.0, lower_quartile: 1.75, median: 2.5, upper_quartile: 3.25 };
         assert_eq!(spread, expected);
-        assert_eq!(Spread::of([7.0]).upper_quartile, 7.0);
-        assert_eq!(spread.times(2.0).median, 5.0);
+        let one = Spread { min: 7.0, lower_quartile: 7.0, median: 7.0, upper_quartile: 7.0 };
+        assert_eq!(Spread::of([7.0]), one);
+        assert_eq!(spread.times(2.0), Spread::of([8.0, 2.0, 6.0, 4.0]));
     }
 
     #[test]

@@ -75,7 +75,7 @@ fn bypass(graph: &mut GraphProto, module: ModuleId) -> Result<(), Error> {
     let x = node.input.first().cloned().unwrap_or_default();
     match (node.op_type.as_str(), node.input.len()) {
         (SKIP_NORM, 3) => {
-            node.op_type = NORM.to_owned();
+            NORM.clone_into(&mut node.op_type);
             // ONNX Runtime has this one among the standard operators.
             node.domain = String::new();
             node.input.remove(1);
