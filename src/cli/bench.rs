@@ -65,16 +65,16 @@ pub(crate) struct Arguments {
     /// Also write the report as comma-separated values
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
-    /// Print the peak memory of this process after one workload of one artifact
-    #[arg(long, hide = true)]
-    peak_memory: bool,
+    /// Print the peak memory of this process after this workload of one artifact
+    #[arg(long, value_name = "WORKLOAD", hide = true)]
+    peak_memory: Option<Workload>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
-    if arguments.peak_memory {
-        return print_peak(arguments);
+    if let Some(workload) = arguments.peak_memory {
+        return print_peak(arguments, workload);
     }
-    let open = |directory: &PathBuf| checked(directory);
+    let open = |directory: &PathBuf| checked(directory.as_path());
     let baseline = arguments.baseline.as_ref().map(open).transpose()?;
     let artifacts = arguments.artifacts.iter().map(open).collect::<Result<Vec<_>>>()?;
     let all: Vec<&Source> = baseline.iter().chain(&artifacts).collect();
@@ -133,7 +133,7 @@ fn workloads(arguments: &Arguments) -> Vec<Workload> {
 }
 
 /// A directory to be timed; an artifact's files are compared with its manifest.
-fn checked(directory: &PathBuf) -> Result<Source> {
+fn checked(directory: &Path) -> Result<Source> {
     let source = Source::open(directory)?;
     if source.artifact.is_some() {
         sources::artifact(directory)?;
@@ -168,7 +168,7 @@ fn tokens(arguments: &Arguments, first: &Source, runtime: &Runtime) -> Result<To
 fn peak_of(arguments: &Arguments, directory: &Path, workload: Workload) -> Result<Option<u64>> {
     let program = std::env::current_exe().context("the program's own path is not known")?;
     let mut command = Command::new(program);
-    command.arg("bench").arg("--peak-memory").arg("--workload").arg(workload.to_string());
+    command.arg("bench").arg("--peak-memory").arg(workload.to_string());
     command.arg("--seed").arg(arguments.seed.to_string());
     let RuntimeArguments { onnxruntime, provider, threads } = &arguments.runtime;
     command.arg("--provider").arg(match provider {
@@ -191,10 +191,9 @@ fn peak_of(arguments: &Arguments, directory: &Path, workload: Workload) -> Resul
 }
 
 /// What [`peak_of`] starts. The parent has compared the files with their hashes.
-fn print_peak(arguments: &Arguments) -> Result<Verdict> {
-    let (directory, workload) = match (arguments.artifacts.as_slice(), workloads(arguments)) {
-        ([directory], workloads) if workloads.len() == 1 => (directory, workloads[0]),
-        _ => bail!("--peak-memory takes one artifact and one workload"),
+fn print_peak(arguments: &Arguments, workload: Workload) -> Result<Verdict> {
+    let [directory] = arguments.artifacts.as_slice() else {
+        bail!("--peak-memory takes one artifact");
     };
     let source = Source::open(directory)?;
     let runtime = runtime(arguments, &[&source])?;
