@@ -1,5 +1,6 @@
 //! What was typed, as types. Each command's meaning is in the file of its name.
 
+pub(crate) mod bench;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
@@ -41,6 +42,8 @@ pub(crate) enum Command {
     Generate(generate::Arguments),
     /// Measure perplexity of a checkpoint or of an artifact
     Eval(eval::Arguments),
+    /// Time artifacts side by side with a baseline
+    Bench(bench::Arguments),
     /// Show what is in an artifact or a checkpoint
     Inspect(inspect::Arguments),
     /// Show which ONNX Runtime is used, and what is missing

@@ -1,5 +1,6 @@
 //! Trains SkipGPT routers and compiles routed language models to ONNX artifacts that run faster.
 pub mod artifact;
+pub mod bench;
 pub mod checkpoint;
 pub mod decoder;
 pub mod doctor;

@@ -35,6 +35,7 @@ fn run(cli: Cli) -> anyhow::Result<Verdict> {
         Command::Golden(command) => cli::golden::run(&command),
         Command::Generate(arguments) => cli::generate::run(&arguments),
         Command::Eval(arguments) => cli::eval::run(&arguments),
+        Command::Bench(arguments) => cli::bench::run(&arguments),
         Command::Inspect(arguments) => cli::inspect::run(&arguments),
         Command::Doctor(arguments) => cli::doctor::run(&arguments),
     }

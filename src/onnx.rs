@@ -7,6 +7,7 @@
 mod attention;
 mod builder;
 mod dispatch;
+pub mod force;
 pub mod graph;
 mod lower;
 mod mlp;
@@ -14,6 +15,7 @@ pub mod proto;
 mod router;
 mod stream;
 mod text;
+pub mod without;
 
 pub use lower::ROUTING;
 pub use router::{RouterScores, router_scores};

@@ -75,6 +75,15 @@ impl Watched {
         Ok(Self { decoder: OnnxDecoder::new(session, modules)?, routers })
     }
 
+    /// As [`OnnxDecoder::restore`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Run`] if `entries` are no cache of this graph.
+    pub fn restore(&mut self, entries: impl IntoIterator<Item = CacheEntry>) -> Result<(), Error> {
+        Ok(self.decoder.restore(entries)?)
+    }
+
     fn routing(&self, input: &Input, scores: &[ArrayD<f32>]) -> Result<Routing, Error> {
         let shape = (input.batch(), input.sequence());
         let tokens = shape.0 * shape.1;

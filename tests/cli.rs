@@ -13,7 +13,7 @@ fn root() -> &'static Path {
 }
 
 /// Runs the binary and gives its exit code, standard output and standard error.
-fn run(arguments: &[&str]) -> (i32, String, String) {
+pub(crate) fn run(arguments: &[&str]) -> (i32, String, String) {
     output(Command::new(env!("CARGO_BIN_EXE_skipgpt-export")).args(arguments))
 }
 
@@ -24,14 +24,14 @@ fn output(command: &mut Command) -> (i32, String, String) {
 }
 
 /// Runs a command that must succeed.
-fn succeeds(arguments: &[&str]) -> String {
+pub(crate) fn succeeds(arguments: &[&str]) -> String {
     let (code, stdout, stderr) = run(arguments);
     assert_eq!(code, 0, "{arguments:?}\n{stdout}\n{stderr}");
     stdout
 }
 
 /// Runs a command that cannot be done, and gives its message.
-fn refused(arguments: &[&str]) -> String {
+pub(crate) fn refused(arguments: &[&str]) -> String {
     let (code, stdout, stderr) = run(arguments);
     assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}\n{stderr}");
     stderr
@@ -66,7 +66,7 @@ impl Place {
     }
 }
 
-fn text(path: &Path) -> String {
+pub(crate) fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 

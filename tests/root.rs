@@ -1,6 +1,7 @@
 //! Every integration test, in one binary.
 
 mod artifact;
+mod bench;
 mod cli;
 mod differential;
 mod end_to_end;

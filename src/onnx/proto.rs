@@ -111,7 +111,7 @@ pub fn with_outputs(bytes: &[u8], extra: &[Value]) -> Result<Vec<u8>, Error> {
     serialise(&model)
 }
 
-fn serialise(model: &ModelProto) -> Result<Vec<u8>, Error> {
+pub(super) fn serialise(model: &ModelProto) -> Result<Vec<u8>, Error> {
     let size = model.compute_size();
     if size > LIMIT {
         return Err(Error::TooLarge { size });
@@ -119,7 +119,7 @@ fn serialise(model: &ModelProto) -> Result<Vec<u8>, Error> {
     Ok(model.write_to_bytes()?)
 }
 
-fn entry(key: &str, value: &str) -> StringStringEntryProto {
+pub(super) fn entry(key: &str, value: &str) -> StringStringEntryProto {
     StringStringEntryProto { key: key.to_owned(), value: value.to_owned(), ..Default::default() }
 }
 
@@ -225,7 +225,7 @@ fn tensor_proto(
     Ok(proto)
 }
 
-fn value_proto(value: &Value) -> ValueInfoProto {
+pub(super) fn value_proto(value: &Value) -> ValueInfoProto {
     let dim = |dim: &Dim| Dimension {
         value: Some(match dim {
             Dim::Fixed(size) => dimension::Value::DimValue(*size as i64),

@@ -4,14 +4,16 @@
 //! next step's `past_key_values`, on the device it was made on, and is copied only for
 //! [`Decoder::cache`].
 
-use ndarray::{ArrayD, Axis, Ix3, Ix4, s};
+use std::collections::BTreeMap;
+
+use ndarray::{Array2, ArrayD, Axis, Ix3, Ix4, s};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, SessionOutputs};
-use ort::value::{DynTensor, DynValue};
+use ort::value::{DynTensor, DynValue, Tensor};
 use skipgpt_passes::ir::ModuleId;
 
 use super::interface::{ATTENTION_MASK, Half, INPUT_IDS, Interface, LOGITS, POSITION_IDS, ROUTING};
-use super::tensor::{from_integers, to_array, to_ranked};
+use super::tensor::{from_floats, from_integers, to_array, to_ranked};
 use super::{Provider, Session};
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Routing};
 
@@ -130,6 +132,24 @@ pub enum Error {
         /// What went wrong.
         source: ort::Error,
     },
+    /// The graph takes its decisions from outside, and was given none for these tokens.
+    #[error("the graph's {name} takes thresholds for {tokens} tokens; it was given {given}")]
+    Unforced {
+        /// The input.
+        name: String,
+        /// Tokens of the step.
+        tokens: usize,
+        /// Tokens it was given thresholds for.
+        given: usize,
+    },
+    /// A cache of another number of layers.
+    #[error("a cache of {found} layers does not fit the graph, which has {expected}")]
+    Layers {
+        /// Layers with a cache.
+        expected: usize,
+        /// Layers given.
+        found: usize,
+    },
     /// The graph failed.
     #[error("ONNX Runtime fails to run the graph: {0}")]
     Run(#[source] ort::Error),
@@ -142,6 +162,7 @@ pub struct OnnxDecoder {
     interface: Interface,
     modules: Vec<ModuleId>,
     cache: Option<Cache>,
+    forced: BTreeMap<String, (usize, DynValue)>,
 }
 
 /// The cache as ONNX Runtime holds it.
@@ -159,7 +180,7 @@ impl OnnxDecoder {
     pub fn new(session: Session, modules: Vec<ModuleId>) -> Result<Self, Error> {
         let graph = &session.inner;
         let interface = Interface::read(graph.inputs(), graph.outputs(), modules.len())?;
-        Ok(Self { session, interface, modules, cache: None })
+        Ok(Self { session, interface, modules, cache: None, forced: BTreeMap::new() })
     }
 
     /// The session it runs.
@@ -187,15 +208,7 @@ impl OnnxDecoder {
         let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
 
         let length = past + sequence;
-        let mut layers = Vec::with_capacity(self.interface.layers.len());
-        for layer in &self.interface.layers {
-            let mut present = |half: &Half| {
-                let value = take(&mut outputs, &half.present)?;
-                expect(&half.present, shape(&value), &half.shape(batch, length))?;
-                Ok::<_, Error>(value)
-            };
-            layers.push([present(&layer.key)?, present(&layer.value)?]);
-        }
+        let layers = presents(&self.interface, &mut outputs, batch, length)?;
         let mut logits = to_ranked::<Ix3>(LOGITS, &take(&mut outputs, LOGITS)?)?;
         let rows = logits.len_of(Axis(1));
         if input.logits == Logits::Last && rows != 1 {
@@ -217,6 +230,61 @@ impl OnnxDecoder {
             .collect::<Result<_, Error>>()?;
         self.cache = Some(Cache { batch, length, layers });
         Ok((Output { logits, routing }, extra))
+    }
+
+    /// As [`Decoder::step`], for its cache and its time alone: the logits are computed and left where
+    /// they are.
+    pub fn advance(&mut self, input: &Input) -> Result<(), Error> {
+        let length = self.check(input)? + input.sequence();
+        let binding = self.bind(input, &[])?;
+        let batch = input.batch();
+        let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
+        let layers = presents(&self.interface, &mut outputs, batch, length)?;
+        self.cache = Some(Cache { batch, length, layers });
+        Ok(())
+    }
+
+    /// Takes `entries` as the cache, in the order of [`Decoder::cache`], all of one batch and length.
+    pub fn restore(&mut self, entries: impl IntoIterator<Item = CacheEntry>) -> Result<(), Error> {
+        let mut extent = None;
+        let mut layers = Vec::new();
+        let mut entries = entries.into_iter();
+        for (layer, entry) in self.interface.layers.iter().zip(&mut entries) {
+            let (rows, _, tokens, _) = entry.key.dim();
+            let (batch, length) = *extent.get_or_insert((rows, tokens));
+            let value = |half: &Half, array| {
+                expect(
+                    &half.past,
+                    ndarray::Array4::shape(array).to_vec(),
+                    &half.shape(batch, length),
+                )?;
+                from_floats(&half.past, half.element, array)
+            };
+            layers.push([value(&layer.key, &entry.key)?, value(&layer.value, &entry.value)?]);
+        }
+        let (expected, found) = (self.interface.layers.len(), layers.len() + entries.count());
+        if found != expected {
+            return Err(Error::Layers { expected, found });
+        }
+        self.cache = extent.map(|(batch, length)| Cache { batch, length, layers });
+        Ok(())
+    }
+
+    /// Heads and their width in the cache of every layer that has one: the layer's place, and what
+    /// [`OnnxDecoder::restore`] takes for its keys and values.
+    pub fn cache_heads(&self) -> impl Iterator<Item = (usize, [(usize, usize); 2])> {
+        let heads = |half: &Half| (half.heads, half.head_dim);
+        self.interface.layers.iter().map(move |l| (l.index, [heads(&l.key), heads(&l.value)]))
+    }
+
+    /// What the graph's input `name` (see [`crate::onnx::force`]) takes in the next steps, `[tokens,
+    /// decisions]`.
+    pub fn force(&mut self, name: &str, thresholds: &Array2<f32>) -> Result<(), Error> {
+        let (tokens, decisions) = thresholds.dim();
+        let data: Vec<f32> = thresholds.iter().copied().collect();
+        let value = Tensor::from_array(([tokens, decisions], data)).map_err(feed(name))?;
+        self.forced.insert(name.to_owned(), (tokens, value.into_dyn()));
+        Ok(())
     }
 
     /// Checks what a mistaken caller would otherwise read as an error from inside a kernel; gives
@@ -261,6 +329,15 @@ impl OnnxDecoder {
         }
         for (name, array) in integers {
             binding.bind_input(name, &from_integers(name, array)?).map_err(feed(name))?;
+        }
+        let tokens = input.ids.len();
+        for name in &self.interface.forced {
+            let unforced = |given| Error::Unforced { name: name.clone(), tokens, given };
+            let (given, value) = self.forced.get(name).ok_or_else(|| unforced(0))?;
+            if *given != tokens {
+                return Err(unforced(*given));
+            }
+            binding.bind_input(name, value).map_err(feed(name))?;
         }
         let host = memory(AllocationDevice::CPU)?;
         let device = match self.session.provider() {
@@ -317,6 +394,22 @@ impl Decoder for OnnxDecoder {
     fn vocab_size(&self) -> usize {
         self.interface.vocab
     }
+}
+
+/// The caches that a step gives.
+fn presents(
+    interface: &Interface,
+    outputs: &mut SessionOutputs<'_>,
+    batch: usize,
+    length: usize,
+) -> Result<Vec<[DynValue; 2]>, Error> {
+    let mut present = |half: &Half| {
+        let value = take(outputs, &half.present)?;
+        expect(&half.present, shape(&value), &half.shape(batch, length))?;
+        Ok::<_, Error>(value)
+    };
+    let layers = interface.layers.iter();
+    layers.map(|layer| Ok([present(&layer.key)?, present(&layer.value)?])).collect()
 }
 
 /// A cache of no tokens.

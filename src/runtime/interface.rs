@@ -6,6 +6,7 @@
 //! | in | `attention_mask` | int64 | `[batch, total_sequence]` |
 //! | in | `position_ids`, optional | int64 | `[batch, sequence]` |
 //! | in | `past_key_values.{i}.key`, `.value` | float | `[batch, kv_heads, past_sequence, head_dim]` |
+//! | in | `forced.{place}`, optional | float32 | `[tokens, decisions]` |
 //! | out | `logits` | float | `[batch, sequence or 1, vocab]` |
 //! | out | `present.{i}.key`, `.value` | as the input | `[batch, kv_heads, total_sequence, head_dim]` |
 //! | out | `routing_margins`, optional | float | `[modules, batch, sequence]` |
@@ -17,6 +18,7 @@ use std::collections::BTreeMap;
 use ort::value::{Outlet, Shape, TensorElementType, ValueType};
 
 use super::decoder::Error;
+use crate::onnx::force;
 
 pub(super) const INPUT_IDS: &str = "input_ids";
 pub(super) const ATTENTION_MASK: &str = "attention_mask";
@@ -31,6 +33,8 @@ pub(super) struct Interface {
     pub(super) positions: bool,
     /// The layers that have a cache, by index.
     pub(super) layers: Vec<LayerCache>,
+    /// The inputs that stand in for the routers' thresholds, in the graph's order.
+    pub(super) forced: Vec<String>,
     /// Number of tokens in the vocabulary.
     pub(super) vocab: usize,
 }
@@ -74,12 +78,17 @@ impl Interface {
     ) -> Result<Self, Error> {
         let mut positions = false;
         let mut pasts = BTreeMap::new();
+        let mut forced = Vec::new();
         for input in inputs {
             match input.name() {
                 INPUT_IDS | ATTENTION_MASK => integer(input)?,
                 POSITION_IDS => {
                     integer(input)?;
                     positions = true;
+                }
+                name if name.starts_with(force::PREFIX) => {
+                    thresholds(input)?;
+                    forced.push(name.to_owned());
                 }
                 name => {
                     let (layer, part) =
@@ -100,7 +109,7 @@ impl Interface {
             })
             .collect::<Result<_, Error>>()?;
         routing(find(outputs, ROUTING), modules)?;
-        Ok(Self { positions, layers, vocab: vocab(outputs)? })
+        Ok(Self { positions, layers, forced, vocab: vocab(outputs)? })
     }
 }
 
@@ -126,6 +135,13 @@ fn integer(outlet: &Outlet) -> Result<(), Error> {
     match tensor(outlet)? {
         (TensorElementType::Int64, shape) if shape.len() == 2 => Ok(()),
         _ => Err(wrong(outlet, "an int64 tensor of rank 2", outlet.dtype())),
+    }
+}
+
+fn thresholds(outlet: &Outlet) -> Result<(), Error> {
+    match tensor(outlet)? {
+        (TensorElementType::Float32, shape) if shape.len() == 2 => Ok(()),
+        _ => Err(wrong(outlet, "a float32 tensor of rank 2", outlet.dtype())),
     }
 }
 

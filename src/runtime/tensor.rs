@@ -1,6 +1,6 @@
 //! Between ONNX Runtime's values and arrays.
 
-use ndarray::{Array, ArrayD, Dimension, IxDyn};
+use ndarray::{Array, Array4, ArrayD, Dimension, IxDyn};
 use ort::memory::AllocationDevice;
 use ort::value::{DynTensor, DynTensorValueType, DynValue, Tensor, TensorElementType};
 
@@ -60,4 +60,29 @@ pub(super) fn from_integers<D: Dimension + 'static>(
     let data: Vec<i64> = array.iter().copied().collect();
     Tensor::from_array((array.shape().to_vec(), data))
         .map_err(|source| Error::Feed { name: name.to_owned(), source })
+}
+
+/// A value of a float type that owns a copy of `array`.
+pub(super) fn from_floats(
+    name: &str,
+    element: TensorElementType,
+    array: &Array4<f32>,
+) -> Result<DynValue, Error> {
+    let shape = array.shape().to_vec();
+    let floats = array.iter();
+    let value = match element {
+        TensorElementType::Float16 => {
+            let data: Vec<_> = floats.map(|x| half::f16::from_f32(*x)).collect();
+            Tensor::from_array((shape, data)).map(Tensor::into_dyn)
+        }
+        TensorElementType::Bfloat16 => {
+            let data: Vec<_> = floats.map(|x| half::bf16::from_f32(*x)).collect();
+            Tensor::from_array((shape, data)).map(Tensor::into_dyn)
+        }
+        _ => {
+            let data: Vec<f32> = floats.copied().collect();
+            Tensor::from_array((shape, data)).map(Tensor::into_dyn)
+        }
+    };
+    value.map_err(|source| Error::Feed { name: name.to_owned(), source })
 }

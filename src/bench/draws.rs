@@ -1,0 +1,196 @@
+//! Decisions that are drawn: from a seed, a module, a row and a position, and from nothing else, so
+//! that they do not depend on who asks, or in which order.
+
+use std::collections::BTreeSet;
+
+use ndarray::{Array2, Array3};
+use skipgpt_passes::ir::{ModuleId, ModuleKind};
+
+use crate::decoder::{Input, Routing};
+use crate::onnx::force;
+
+/// Draws that skip a share of decisions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draws {
+    /// The same seed draws the same.
+    pub seed: u64,
+    /// Share that is skipped, 0 to 1.
+    pub skip: f64,
+}
+
+impl Draws {
+    /// Whether `module` skips the token of row `row` at `position`.
+    pub fn skips(&self, module: ModuleId, row: usize, position: i64) -> bool {
+        let words = [number(module), row as u64, position as u64];
+        // 53 bits: every share that f64 tells from 1 is reached, and 1 is never drawn.
+        let uniform = (mix(self.seed, &words) >> 11) as f64 / (1_u64 << 53) as f64;
+        uniform < self.skip
+    }
+
+    /// The decisions of `modules` on the new tokens of `input`.
+    pub fn routing(&self, modules: &[ModuleId], input: &Input) -> Routing {
+        let (rows, sequence) = input.ids.dim();
+        let margin = |(m, b, s): (usize, usize, usize)| {
+            let skips = self.skips(modules[m], b, input.positions[[b, s]]);
+            if skips { f32::NEG_INFINITY } else { f32::INFINITY }
+        };
+        let margins = Array3::from_shape_fn((modules.len(), rows, sequence), margin);
+        Routing { modules: modules.to_vec(), margins }
+    }
+}
+
+/// What a forced graph's input takes for `routing` to be its decisions: `[tokens, decisions]`.
+/// Modules that `routing` lacks keep every token.
+pub(super) fn thresholds(input: &force::Input, routing: &Routing) -> Array2<f32> {
+    let (_, rows, sequence) = routing.margins.dim();
+    let places: Vec<Option<usize>> = input
+        .modules
+        .iter()
+        .map(|module| routing.modules.iter().position(|other| other == module))
+        .collect();
+    Array2::from_shape_fn((rows * sequence, places.len()), |(token, column)| {
+        let keeps = |m| routing.keeps(m, token / sequence, token % sequence);
+        if places[column].is_none_or(keeps) { f32::NEG_INFINITY } else { f32::INFINITY }
+    })
+}
+
+/// `count` of `modules`, drawn.
+pub(super) fn choose(modules: &[ModuleId], count: usize, seed: u64) -> BTreeSet<ModuleId> {
+    let mut drawn: Vec<_> =
+        modules.iter().map(|module| (mix(seed, &[number(*module), u64::MAX]), *module)).collect();
+    drawn.sort_unstable();
+    drawn.into_iter().take(count).map(|(_, module)| module).collect()
+}
+
+/// A token id below `vocab`, drawn for a row and a position.
+pub(super) fn token(seed: u64, row: usize, position: usize, vocab: usize) -> i64 {
+    (mix(seed, &[u64::MAX, row as u64, position as u64]) % vocab.max(1) as u64) as i64
+}
+
+const fn number(module: ModuleId) -> u64 {
+    2 * module.layer as u64 + matches!(module.kind, ModuleKind::Mlp) as u64
+}
+
+/// Stirs `words` into `seed`, one by one, as `SplitMix64` steps.
+fn mix(seed: u64, words: &[u64]) -> u64 {
+    words.iter().fold(stir(seed), |state, word| stir(state ^ stir(*word)))
+}
+
+const fn stir(word: u64) -> u64 {
+    let mut z = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::Logits;
+
+    fn modules(layers: usize) -> Vec<ModuleId> {
+        let kinds = [ModuleKind::Attention, ModuleKind::Mlp];
+        (0..layers).flat_map(|layer| kinds.map(|kind| ModuleId { layer, kind })).collect()
+    }
+
+    fn draws(skip: f64) -> Draws {
+        Draws { seed: 7, skip }
+    }
+
+    /// Over 4 rows and 100 positions of 20 modules: 8,000 draws.
+    fn all(draws: Draws) -> Vec<bool> {
+        let mut all = Vec::new();
+        for module in modules(10) {
+            for row in 0..4 {
+                all.extend((0..100).map(|position| draws.skips(module, row, position)));
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn the_share_is_the_one_asked_for() {
+        let share = |skip| {
+            let all = all(draws(skip));
+            all.iter().filter(|skips| **skips).count() as f64 / all.len() as f64
+        };
+        assert_eq!((share(0.0), share(1.0)), (0.0, 1.0));
+        for skip in [0.1, 0.25, 0.4, 0.6] {
+            // Four standard deviations of 8,000 draws.
+            let bound = 4.0 * (skip * (1.0 - skip) / 8000.0_f64).sqrt();
+            assert!((share(skip) - skip).abs() < bound, "{skip}: {}", share(skip));
+        }
+    }
+
+    /// Two draws that differ in one coordinate agree as often as independent ones do.
+    #[test]
+    fn tokens_rows_and_modules_are_drawn_apart() {
+        let draws = draws(0.5);
+        let agree = |other: &dyn Fn(ModuleId, usize, i64) -> bool| {
+            let mut agreeing = 0;
+            for module in modules(10) {
+                for row in 0..4 {
+                    for position in 0..100 {
+                        let same =
+                            draws.skips(module, row, position) == other(module, row, position);
+                        agreeing += usize::from(same);
+                    }
+                }
+            }
+            f64::from(agreeing as u32) / 8000.0
+        };
+        let next = |m: ModuleId| ModuleId { layer: m.layer + 10, ..m };
+        let other = |m: ModuleId| ModuleId {
+            kind: match m.kind {
+                ModuleKind::Attention => ModuleKind::Mlp,
+                ModuleKind::Mlp => ModuleKind::Attention,
+            },
+            ..m
+        };
+        let shares = [
+            agree(&|m, row, position| draws.skips(m, row, position + 100)),
+            agree(&|m, row, position| draws.skips(m, row + 4, position)),
+            agree(&|m, row, position| draws.skips(next(m), row, position)),
+            agree(&|m, row, position| draws.skips(other(m), row, position)),
+            agree(&|m, row, position| Draws { seed: 8, ..draws }.skips(m, row, position)),
+        ];
+        for share in shares {
+            assert!((share - 0.5).abs() < 4.0 * 0.5 / 8000.0_f64.sqrt(), "{shares:?}");
+        }
+    }
+
+    #[test]
+    fn thresholds_say_what_was_drawn() {
+        let modules = modules(2);
+        let input = Input::prompts(&[vec![1, 2, 3], vec![4, 5, 6]], Logits::Last);
+        let routing = draws(0.5).routing(&modules, &input);
+        let first = force::Input { name: "forced.a".into(), modules: vec![modules[3], modules[0]] };
+        let thresholds = thresholds(&first, &routing);
+        assert_eq!(thresholds.dim(), (6, 2));
+        for ((token, column), threshold) in thresholds.indexed_iter() {
+            let m = [3, 0][column];
+            let keeps = routing.keeps(m, token / 3, token % 3);
+            assert_eq!(0.0 >= *threshold, keeps, "{token}, {column}");
+            assert_eq!(!keeps, draws(0.5).skips(modules[m], token / 3, (token % 3) as i64));
+        }
+        let unknown =
+            force::Input { name: "forced.b".into(), modules: self::modules(3)[5..].to_vec() };
+        assert!(super::thresholds(&unknown, &routing).iter().all(|t| *t == f32::NEG_INFINITY));
+    }
+
+    #[test]
+    fn choices_differ_by_seed_and_have_the_size_asked_for() {
+        let modules = modules(10);
+        let sets: BTreeSet<_> = (0..5).map(|seed| choose(&modules, 8, seed)).collect();
+        assert_eq!(sets.len(), 5);
+        assert!(sets.iter().all(|set| set.len() == 8));
+        assert_eq!(choose(&modules, 20, 1), modules.iter().copied().collect());
+        assert_eq!(choose(&modules, 0, 1), BTreeSet::new());
+    }
+
+    #[test]
+    fn tokens_are_in_the_vocabulary() {
+        let tokens: BTreeSet<i64> = (0..200).map(|position| token(0, 0, position, 10)).collect();
+        assert_eq!(tokens, (0..10).collect());
+    }
+}

@@ -1,0 +1,158 @@
+//! A dense graph of a fixture without some of its modules, node by node.
+
+use std::path::Path;
+
+use onnx_protobuf::Message;
+use skipgpt_passes::ir::DType;
+use skipgpt_passes::{PASSES, validate};
+
+use super::*;
+use crate::checkpoint::{self, Request};
+use crate::onnx::graph::{Data, Placement};
+use crate::onnx::{self, Options};
+use crate::plan::{self, Choices};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// The model file of `case`, dense, or routed by its routers.
+fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle").join(case);
+    let router = directory.join("router.safetensors");
+    let checkpoint = checkpoint::read(&Request {
+        model: Some(&directory),
+        router: routed.then_some(router.as_path()),
+        ..Request::default()
+    })?;
+    let choices =
+        Choices { dispatch: None, rearrange: true, prune_below: None, always_above: None };
+    let plan = plan::build(&checkpoint.model.config, choices, None)?;
+    let mut model = checkpoint.model;
+    skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
+    let graph = onnx::lower(validate(&model)?, Options { dtype, emit_routing: false })?;
+    let mut placements = BTreeMap::new();
+    let mut offset = 0;
+    for tensor in graph.initializers.iter().filter(|t| matches!(t.data, Data::Weight(_))) {
+        let length = tensor.size();
+        let place = Placement { location: "weights".into(), offset, length };
+        placements.insert(tensor.name.clone(), place);
+        offset += length;
+    }
+    Ok(proto::encode(&graph, &placements, &[])?)
+}
+
+fn parsed(bytes: &[u8]) -> Result<GraphProto> {
+    Ok(ModelProto::parse_from_bytes(bytes)?.graph.unwrap_or_default())
+}
+
+fn modules(named: &[(usize, ModuleKind)]) -> BTreeSet<ModuleId> {
+    named.iter().map(|(layer, kind)| ModuleId { layer: *layer, kind: *kind }).collect()
+}
+
+fn count(graph: &GraphProto, op: &str) -> usize {
+    graph.node.iter().filter(|node| node.op_type == op).count()
+}
+
+/// The node that gives `value`, as `op(inputs)`.
+fn node(graph: &GraphProto, value: &str) -> String {
+    let found = graph.node.iter().find(|node| node.output.iter().any(|output| output == value));
+    found.map_or_else(String::new, |node| format!("{}({})", node.op_type, node.input.join(", ")))
+}
+
+#[test]
+fn nothing_removed_is_the_same_graph() -> Result {
+    let whole = model("llama-gqa", false, DType::F32)?;
+    assert_eq!(parsed(&without(&whole, &BTreeSet::new())?)?, parsed(&whole)?);
+    Ok(())
+}
+
+#[test]
+fn an_mlp_leaves_one_norm_where_there_were_two() -> Result {
+    let whole = model("llama-gqa", false, DType::F32)?;
+    let graph = parsed(&without(&whole, &modules(&[(1, ModuleKind::Mlp)]))?)?;
+    let before = parsed(&whole)?;
+    // Three products, Sigmoid, two Mul, one of two norms.
+    assert_eq!(before.node.len() - graph.node.len(), 7);
+    assert_eq!(count(&before, SKIP_NORM) - count(&graph, SKIP_NORM), 1);
+    assert_eq!(
+        node(&graph, "layers.2.attention.norm"),
+        "SkipSimplifiedLayerNormalization(layers.0.mlp.output, layers.1.attention.o, \
+         layers.2.attention.norm.weight)"
+    );
+    assert_eq!(node(&graph, "layers.1.attention.output"), node(&graph, "layers.2.attention.norm"));
+    let gone = |tensor: &TensorProto| tensor.name.starts_with("layers.1.mlp.");
+    assert!(before.initializer.iter().any(gone) && !graph.initializer.iter().any(gone));
+    Ok(())
+}
+
+#[test]
+fn an_attention_module_leaves_keys_and_values() -> Result {
+    let whole = model("llama-gqa", false, DType::F32)?;
+    let graph = parsed(&without(&whole, &modules(&[(1, ModuleKind::Attention)]))?)?;
+    let (before, after) = (weight_bytes(&whole)?, weight_bytes(&serialised(&graph)?)?);
+    // 4 query heads of 4 + 2 + 2: half of the rows.
+    let narrow = after["layers.1.attention.qkv.weight.without_queries"];
+    assert_eq!(2 * narrow, before["layers.1.attention.qkv.weight"]);
+    assert!(!after.contains_key("layers.1.attention.o.weight"));
+    let place = |graph: &GraphProto, name: &str| -> Option<u64> {
+        let tensor = graph.initializer.iter().find(|tensor| tensor.name == name)?;
+        tensor.external_data.iter().find(|entry| entry.key == "offset")?.value.parse().ok()
+    };
+    let old = place(&parsed(&whole)?, "layers.1.attention.qkv.weight").ok_or("no weight")?;
+    let new = place(&graph, "layers.1.attention.qkv.weight.without_queries");
+    assert_eq!(new, Some(old + narrow));
+    assert_eq!(
+        node(&graph, "layers.1.attention.qkv.heads"),
+        "Reshape(layers.1.attention.qkv, shapes.heads.4)"
+    );
+    assert_eq!(
+        node(&graph, "layers.1.mlp.norm"),
+        "SimplifiedLayerNormalization(layers.0.mlp.output, layers.1.mlp.norm.weight)"
+    );
+    assert_eq!(graph.output, parsed(&whole)?.output);
+    assert_eq!(graph.input, parsed(&whole)?.input);
+    Ok(())
+}
+
+#[test]
+fn a_model_without_modules_keeps_its_caches() -> Result {
+    for case in ["llama-gqa", "qwen2-bias", "qwen3-head-norm"] {
+        let whole = model(case, false, DType::F32)?;
+        let layers = 0..parsed(&whole)?.output.len() / 2;
+        let all = layers.flat_map(|layer| {
+            [ModuleKind::Attention, ModuleKind::Mlp].map(|kind| ModuleId { layer, kind })
+        });
+        let graph = parsed(&without(&whole, &all.collect())?)?;
+        assert_eq!(graph.output, parsed(&whole)?.output, "{case}");
+        assert_eq!((count(&graph, "Softmax"), count(&graph, SKIP_NORM)), (0, 0), "{case}");
+        let names: HashSet<_> = graph.node.iter().flat_map(|node| node.output.clone()).collect();
+        assert!(graph.output.iter().all(|output| names.contains(&output.name)), "{case}");
+    }
+    Ok(())
+}
+
+#[test]
+fn half_precision_adds_and_norms_apart() -> Result {
+    let whole = model("llama-gqa", false, DType::F16)?;
+    let graph = parsed(&without(&whole, &modules(&[(1, ModuleKind::Mlp)]))?)?;
+    assert_eq!(node(&graph, "layers.1.mlp.output"), "");
+    assert!(node(&graph, "layers.2.attention.norm.input").contains("(layers.1.attention.output)"));
+    Ok(())
+}
+
+#[test]
+fn what_is_routed_or_absent_is_refused_by_name() -> Result {
+    let mlp = modules(&[(1, ModuleKind::Mlp)]);
+    let routed = without(&model("llama-gqa", true, DType::F32)?, &mlp);
+    let message =
+        "the graph has no layers.1.mlp that runs for every token: a dense artifact is needed";
+    assert_eq!(routed.err().map(|error| error.to_string()).as_deref(), Some(message));
+    let absent =
+        without(&model("llama-gqa", false, DType::F32)?, &modules(&[(9, ModuleKind::Mlp)]));
+    assert!(matches!(absent, Err(Error::NoModule(_))));
+    Ok(())
+}
+
+fn serialised(graph: &GraphProto) -> Result<Vec<u8>> {
+    let graph = protobuf::MessageField::some(graph.clone());
+    Ok(ModelProto { graph, ..Default::default() }.write_to_bytes()?)
+}
