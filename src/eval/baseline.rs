@@ -46,7 +46,7 @@ pub struct Similarities {
 pub enum Error {
     /// The text could not be run.
     #[error(transparent)]
-    Eval(#[from] super::Error<model::Error>),
+    Eval(Box<super::Error<model::Error>>),
     /// The residual stream is zero or not finite.
     #[error(
         "{place}: the cosine similarity of its input and output is {value}; are the weights damaged?"
@@ -57,6 +57,12 @@ pub enum Error {
         /// What was computed.
         value: f64,
     },
+}
+
+impl From<super::Error<model::Error>> for Error {
+    fn from(error: super::Error<model::Error>) -> Self {
+        Self::Eval(Box::new(error))
+    }
 }
 
 /// Why nothing can be removed as asked.

@@ -64,12 +64,12 @@ pub(super) fn item<D: Peek>(
             own = Some(checked(output, &input, rest.len(), decoder.vocab_size(), decisions)?);
         }
         let mut sum = 0.0;
-        for position in *start..tokens.len() {
+        for (position, &token) in tokens.iter().enumerate().skip(*start) {
             let (logits, row) =
                 if position == shared { (&common, 0) } else { (&own, position - 1 - shared) };
             let value = logits.as_ref().map_or(f64::NAN, |logits| {
                 let row: ArrayView1<'_, f32> = logits.slice(s![0, row, ..]);
-                log_likelihood(&row, usize::try_from(tokens[position]).unwrap_or(usize::MAX))
+                log_likelihood(&row, usize::try_from(token).unwrap_or(usize::MAX))
             });
             if !value.is_finite() {
                 return Err(Error::NotFinite { choice, position, value });

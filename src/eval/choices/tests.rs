@@ -107,6 +107,7 @@ impl Peek for History {
 
 /// A byte is a token, except that a space and the letter after it are one: 100 + the letter's place
 /// in the alphabet.
+#[allow(clippy::unnecessary_wraps, reason = "a tokenizer may fail")]
 fn encode(text: &str) -> Result<Vec<i64>, text::Error> {
     let mut tokens = Vec::new();
     let mut bytes = text.bytes().peekable();

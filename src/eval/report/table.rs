@@ -1,6 +1,6 @@
 //! A report as a person reads it.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::Path;
 
 use super::{Measured, Report, Text};
@@ -29,7 +29,7 @@ impl fmt::Display for Report {
         for (place, row) in rows.iter().enumerate() {
             let mut line = format!("{:<1$}", row[0], widths[0]);
             for (cell, width) in row.iter().zip(&widths).skip(1) {
-                line += &format!("{cell:>0$}", width + GAP);
+                write!(line, "{cell:>0$}", width + GAP)?;
             }
             let end = if place + 1 < rows.len() { "\n" } else { "" };
             write!(f, "{}{end}", line.trim_end())?;
@@ -101,9 +101,8 @@ impl Report {
         let Some(first) = self.measured.iter().find_map(|model| model.comparison.as_ref()) else {
             return;
         };
-        type Of = (&'static str, fn(&Comparison, usize) -> Option<Difference>);
         // Past the last task stands the mean.
-        let kinds: [Of; 2] = [
+        let kinds: [Differences; 2] = [
             ("acc", |all, place| all.tasks.get(place).map(|task| task.acc).or(Some(all.acc))),
             ("acc_norm", |all, place| {
                 all.tasks.get(place).map(|task| task.acc_norm).or(Some(all.acc_norm))
@@ -123,6 +122,9 @@ impl Report {
         }
     }
 }
+
+/// What a difference is of, and where a comparison has it for the task at a place.
+type Differences = (&'static str, fn(&Comparison, usize) -> Option<Difference>);
 
 fn percent(share: Option<f64>) -> String {
     share.map_or_else(|| "not reported".to_owned(), |share| format!("{:.1} %", 100.0 * share))

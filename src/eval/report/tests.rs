@@ -74,7 +74,7 @@ fn models_stand_side_by_side() {
         ],
     };
     report.compare(None).unwrap();
-    expect![[r#"
+    expect![[r"
         blocks: 2 of 8 modules removed: layers.1.attention, layers.1.mlp
                                                     dense             blocks                routed
         perplexity
@@ -97,19 +97,20 @@ fn models_stand_side_by_side() {
           colours                                          +0.0 [+0.0, +0.0]     +0.0 [+0.0, +0.0]
           animals                                          +0.0 [+0.0, +0.0]     +0.0 [+0.0, +0.0]
           mean                                             +0.0 [+0.0, +0.0]     +0.0 [+0.0, +0.0]
-    "#]]
+    "]]
     .assert_eq(&format!("{report}\n"));
 }
 
 #[test]
 fn one_model_and_one_text_are_four_lines() {
     let model = Measured { choices: None, ..measured("dense", 0, &[], 34.712) };
-    expect![[r#"
+    expect![[r"
                                 dense
         perplexity
           austen.txt (2 x 512)  34.71
             modules skipped     0.0 %
-    "#]].assert_eq(&format!("{}\n", Report { measured: vec![model] }));
+    "]]
+    .assert_eq(&format!("{}\n", Report { measured: vec![model] }));
 }
 
 #[test]
