@@ -26,6 +26,17 @@ fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
+/// Runs the binary and gives its exit code, standard output and standard error.
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let binary = Path::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+    // ONNX Runtime is found from the project's root.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let command = Command::new(binary).args(arguments).current_dir(root).output().unwrap();
+    let Output { status, stdout, stderr } = command;
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
 /// A fixture with a tokenizer.
 struct Place {
     directory: TempDir,
@@ -40,10 +51,8 @@ impl Place {
             fs::copy(fixture(case).join(name), model.join(name)).unwrap();
         }
         fs::copy(own("byte-tokenizer.json"), model.join("tokenizer.json")).unwrap();
-        fs::copy(fixture(case).join("router.safetensors"), directory.path().join("router"))
-            .unwrap();
-        fs::rename(directory.path().join("router"), directory.path().join("router.safetensors"))
-            .unwrap();
+        let router = "router.safetensors";
+        fs::copy(fixture(case).join(router), directory.path().join(router)).unwrap();
         let calibration = "The quick brown fox jumps over the lazy dog. ".repeat(20);
         fs::write(directory.path().join("text.txt"), calibration).unwrap();
         Self { directory }
@@ -53,27 +62,17 @@ impl Place {
         text(&self.directory.path().join(name))
     }
 
-    fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let binary = Path::new(env!("CARGO_BIN_EXE_skipgpt-export"));
-        // ONNX Runtime is found from the project's root.
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let command = Command::new(binary).args(arguments).current_dir(root).output().unwrap();
-        let Output { status, stdout, stderr } = command;
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (status.code().unwrap(), text(stdout), text(stderr))
-    }
-
     /// Runs `eval` and gives its report.
     fn eval(&self, arguments: &[&str]) -> Value {
         let all = [&["eval"], arguments, &["--json", "-"]].concat();
-        let (code, stdout, stderr) = self.run(&all);
+        let (code, stdout, stderr) = run(&all);
         assert_eq!(code, 0, "{arguments:?}\n{stderr}");
         serde_json::from_str(&stdout).unwrap()
     }
 
     /// Runs `eval`, which must refuse.
     fn refused(&self, arguments: &[&str]) -> String {
-        let (code, stdout, stderr) = self.run(&[&["eval"], arguments].concat());
+        let (code, stdout, stderr) = run(&[&["eval"], arguments].concat());
         assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}\n{stderr}");
         stderr.replace(&text(self.directory.path()), "DIR").replace(&text(&own("")), "")
     }
@@ -108,7 +107,7 @@ fn candle_and_onnx_runtime_choose_alike() {
             ["--model", &place.path("model"), "--router", &place.path("router.safetensors")];
         let artifact = place.path("artifact");
         let (code, _, message) =
-            place.run(&[&["export"], &source[..], &["-o", &artifact]].concat());
+            run(&[&["export"], &source[..], &["-o", &artifact]].concat());
         assert_eq!(code, 0, "{message}");
         let tasks = [text(&own("sentences.jsonl")), text(&own("pronouns.jsonl"))];
         let choices = ["--choices", &tasks[0], &tasks[1]];
@@ -227,7 +226,7 @@ fn dense_pruned_and_routed_stand_in_one_report() {
     let earlier = place.path("earlier.json");
     let alone = [&["--model", model.as_str()], &measure[..]].concat();
     let (code, table, message) =
-        place.run(&[&["eval"], &alone[..], &["--json", &earlier]].concat());
+        run(&[&["eval"], &alone[..], &["--json", &earlier]].concat());
     assert_eq!(code, 0, "{message}");
     assert!(table.contains("acc, %") && table.contains("text.txt (4 x 32)"), "{table}");
     let dense: Value = serde_json::from_slice(&fs::read(&earlier).unwrap()).unwrap();
