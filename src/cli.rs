@@ -40,7 +40,7 @@ pub(crate) enum Command {
     Golden(golden::Command),
     /// Generate text with an artifact
     Generate(generate::Arguments),
-    /// Measure perplexity of a checkpoint or of an artifact
+    /// Measure perplexity and multiple choice of checkpoints and artifacts, beside static pruning
     Eval(eval::Arguments),
     /// Time artifacts side by side with a baseline
     Bench(bench::Arguments),

@@ -99,7 +99,25 @@ pub trait Follow: Decoder {
     fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Self::Error>;
 }
 
+/// A decoder that can try several continuations of what its cache holds.
+pub trait Peek: Decoder {
+    /// Like [`Decoder::step`], except that the cache stays as it was. After an error it is what a
+    /// failed step leaves.
+    fn peek(&mut self, input: &Input) -> Result<Output, Self::Error>;
+}
+
 impl Input {
+    /// One row without padding, on top of a cache of `past` such tokens.
+    pub fn row(past: usize, tokens: &[i64], logits: Logits) -> Self {
+        let shape = (1, tokens.len());
+        Self {
+            ids: Array2::from_shape_fn(shape, |(_, s)| tokens[s]),
+            mask: Array2::ones((1, past + tokens.len())),
+            positions: Array2::from_shape_fn(shape, |(_, s)| (past + s) as i64),
+            logits,
+        }
+    }
+
     /// Prompts of any lengths as one batch, padded on the left with token 0.
     pub fn prompts(prompts: &[Vec<i64>], logits: Logits) -> Self {
         let sequence = prompts.iter().map(Vec::len).max().unwrap_or_default();
@@ -173,6 +191,15 @@ mod tests {
         assert_eq!(input.ids, array![[5, 6, 7], [0, 0, 8]]);
         assert_eq!(input.mask, array![[1, 1, 1], [0, 0, 1]]);
         assert_eq!(input.positions, array![[0, 1, 2], [0, 0, 0]]);
+    }
+
+    #[test]
+    fn a_row_continues_the_cache() {
+        let input = Input::row(2, &[7, 8, 9], Logits::All);
+        assert_eq!(input.ids, array![[7, 8, 9]]);
+        assert_eq!(input.mask, array![[1, 1, 1, 1, 1]]);
+        assert_eq!(input.positions, array![[2, 3, 4]]);
+        assert_eq!((input.past(), input.sequence()), (2, 3));
     }
 
     #[test]

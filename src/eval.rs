@@ -1,15 +1,21 @@
-//! Perplexity: how well a decoder predicts a text.
+//! How good a decoder is: perplexity here, multiple choice in [`choices`], what static pruning would
+//! give in [`baseline`], and all of it side by side in [`report`].
 //!
+//! Perplexity is how well a decoder predicts a text.
 //! The text's tokens are cut into windows; each window is run on its own, from an empty cache, and
 //! predicts every token of it but the first. With a stride shorter than the window the windows
 //! overlap, and each token is scored once, in the first window that predicts it, so that later ones
 //! have more context. What is left over at the end and fills no window is not scored.
 
-use ndarray::{Array2, ArrayView1};
+use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::ModuleKind;
 
 use crate::decoder::{Decoder, Input, Logits, Routing};
+
+pub mod baseline;
+pub mod choices;
+pub mod report;
 
 /// How the text is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,13 +164,8 @@ impl Windows {
     pub(crate) fn input(&self, tokens: &[u32], index: usize, logits: Logits) -> Input {
         let first = index * self.stride;
         let tokens = &tokens[first..first + self.window];
-        let shape = (1, self.window);
-        Input {
-            ids: Array2::from_shape_fn(shape, |(_, s)| i64::from(tokens[s])),
-            mask: Array2::ones(shape),
-            positions: Array2::from_shape_fn(shape, |(_, s)| s as i64),
-            logits,
-        }
+        let tokens: Vec<_> = tokens.iter().map(|token| i64::from(*token)).collect();
+        Input::row(0, &tokens, logits)
     }
 
     /// The first place in window `index` that no window before it predicts.

@@ -6,7 +6,7 @@ use skipgpt_passes::plan::Plan;
 use crate::profile::{PlanError, Profile};
 
 /// What may be chosen about an export.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Choices {
     /// How routed modules skip; `None` for what was measured to be fastest on a CPU: a branch
     /// around attention, whose core would run for skipped tokens too, and gathered MLP rows, which

@@ -8,7 +8,7 @@ use skipgpt_passes::ir::DType;
 
 use crate::artifact::manifest::Router;
 use crate::artifact::{self, Artifact, names};
-use crate::decoder::{CacheEntry, Decoder, Input, Output, Routing};
+use crate::decoder::{CacheEntry, Decoder, Input, Output, Peek, Routing};
 use crate::onnx::graph::{Dim, Element, Value};
 use crate::onnx::proto;
 use crate::runtime::{self, OnnxDecoder, Runtime, Session, session};
@@ -116,8 +116,7 @@ impl Decoder for Watched {
     }
 
     fn step(&mut self, input: &Input) -> Result<Output, Error> {
-        let values: Vec<&str> = self.routers.iter().map(|router| router.scores.as_str()).collect();
-        let (output, scores) = self.decoder.step_with(input, &values)?;
+        let (output, scores) = self.decoder.step_with(input, &values(&self.routers))?;
         let routing = Some(self.routing(input, &scores)?);
         Ok(Output { routing, ..output })
     }
@@ -129,4 +128,17 @@ impl Decoder for Watched {
     fn vocab_size(&self) -> usize {
         self.decoder.vocab_size()
     }
+}
+
+impl Peek for Watched {
+    fn peek(&mut self, input: &Input) -> Result<Output, Error> {
+        let (output, scores) = self.decoder.peek_with(input, &values(&self.routers))?;
+        let routing = Some(self.routing(input, &scores)?);
+        Ok(Output { routing, ..output })
+    }
+}
+
+/// The graph's values that hold the routers' scores.
+fn values(routers: &[Router]) -> Vec<&str> {
+    routers.iter().map(|router| router.scores.as_str()).collect()
 }

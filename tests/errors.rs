@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use skipgpt_export::checkpoint::{self, Request};
+use skipgpt_export::eval::choices::task;
 use skipgpt_export::weights;
 use skipgpt_passes::ir::{DType, Weight};
 
@@ -84,6 +85,15 @@ fn read(case: &Path) -> Option<String> {
             weights::write(&weight, DType::F32, &checkpoint.sources, &mut std::io::sink());
         written.err().map(|error| error.to_string())
     })
+}
+
+#[test]
+fn bad_tasks_are_refused_by_line() {
+    check("choices", |case| {
+        let tasks = ["task.jsonl", "other/task.jsonl"].map(|name| case.join(name));
+        let tasks: Vec<_> = tasks.into_iter().filter(|path| path.exists()).collect();
+        task::read_all(&tasks).err().map(|error| error.to_string())
+    });
 }
 
 #[test]

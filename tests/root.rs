@@ -6,6 +6,7 @@ mod cli;
 mod differential;
 mod end_to_end;
 mod errors;
+mod eval;
 mod import;
 mod oracle;
 mod runtime;

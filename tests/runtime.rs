@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use ndarray::{Array2, Array3, Array4, array};
-use skipgpt_export::decoder::{Decoder, Input, Logits};
+use skipgpt_export::decoder::{Decoder, Input, Logits, Peek};
 use skipgpt_export::generate;
 use skipgpt_export::runtime::decoder::Error;
 use skipgpt_export::runtime::{
@@ -49,6 +49,22 @@ fn expected(before: &[(i64, bool)], ids: &[i64], real: &[bool]) -> Array2<f32> {
         let ([a, b], [x, y]) = (embedding(ids[s]), head(v));
         (a + sum[0]) * x + (b + sum[1]) * y
     })
+}
+
+#[test]
+fn peeking_leaves_the_cache_as_it_was() {
+    let mut decoder = decoder(Tiny::Plain);
+    decoder.peek(&Input::prompts(&[vec![1], vec![2]], Logits::All)).unwrap();
+    assert_eq!(decoder.cache().unwrap(), []);
+    decoder.step(&Input::row(0, &[5, 1, 2], Logits::Last)).unwrap();
+    let cache = decoder.cache().unwrap();
+    let before = [(5, true), (1, true), (2, true)];
+    for rest in [&[3_i64, 4, 7][..], &[6], &[3, 4]] {
+        let output = decoder.peek(&Input::row(3, rest, Logits::All)).unwrap();
+        let expected = expected(&before, rest, &vec![true; rest.len()]);
+        assert_eq!(output.logits.index_axis(ndarray::Axis(0), 0), expected);
+        assert_eq!(decoder.cache().unwrap(), cache);
+    }
 }
 
 #[test]

@@ -47,6 +47,15 @@ impl Cache {
         Ok(whole)
     }
 
+    /// Forgets all but the first `length` tokens.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+        if self.length == 0 {
+            // The next tokens may be of another batch.
+            self.buffers = None;
+        }
+    }
+
     /// Keys and values of every token, `[batch, kv_heads, total, head_dim]`; `None` while empty.
     pub fn view(&self) -> Result<Option<(Tensor, Tensor)>> {
         self.buffers.as_ref().map(|buffers| buffers.view(self.length)).transpose()
@@ -93,5 +102,24 @@ mod tests {
             assert_eq!(flat(&value), flat(&(whole * 2.0).unwrap()));
         }
         assert_eq!(cache.view().unwrap().unwrap().0.dims(), [2, 3, 53, 4]);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_written_over() {
+        let filled = |value: f32, batch, length| {
+            Tensor::full(value, (batch, 1, length, 1), &Device::Cpu).unwrap()
+        };
+        let mut cache = Cache::default();
+        cache.append(&filled(1.0, 1, 2), &filled(1.0, 1, 2)).unwrap();
+        cache.append(&filled(2.0, 1, 3), &filled(2.0, 1, 3)).unwrap();
+        cache.truncate(9);
+        cache.truncate(3);
+        let (key, _) = cache.append(&filled(3.0, 1, 1), &filled(3.0, 1, 1)).unwrap();
+        let key: Vec<f32> = key.flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(key, [1.0, 1.0, 2.0, 3.0]);
+        cache.truncate(0);
+        assert!(cache.view().unwrap().is_none());
+        let (key, _) = cache.append(&filled(4.0, 2, 1), &filled(4.0, 2, 1)).unwrap();
+        assert_eq!(key.dims(), [2, 1, 1, 1]);
     }
 }

@@ -20,6 +20,22 @@ pub struct Layer {
     pub mlp: Option<Mlp>,
 }
 
+/// What a module, or a whole layer, made of the residual stream in one step.
+#[derive(Debug, Clone, Copy)]
+pub struct Change<'a> {
+    /// The layer's place in the checkpoint.
+    pub layer: usize,
+    /// `None` for the layer as a whole.
+    pub module: Option<ModuleKind>,
+    /// The residual stream before it, `[rows, hidden]`.
+    pub before: &'a Tensor,
+    /// And after it.
+    pub after: &'a Tensor,
+}
+
+/// Hears of every module in the order they run, and of a layer after its modules.
+pub type Observer<'a> = dyn FnMut(Change<'_>) -> Result<()> + 'a;
+
 /// A routed module's margins in one step: keep score minus skip score, `[rows]`, `f32`.
 pub type Margins = (ModuleKind, Tensor);
 
@@ -33,16 +49,38 @@ impl Layer {
         cache: Option<&mut Cache>,
         margins: &mut Vec<Margins>,
     ) -> Result<Tensor> {
+        self.forward_observed(x, step, cache, margins, &mut |_| Ok(()))
+    }
+
+    /// As [`Layer::forward`]; `observe` hears of every change.
+    pub fn forward_observed(
+        &self,
+        x: &Tensor,
+        step: &Step,
+        cache: Option<&mut Cache>,
+        margins: &mut Vec<Margins>,
+        observe: &mut Observer<'_>,
+    ) -> Result<Tensor> {
         let mut routers = Routers { layer: self.index, step, layer_input: x, shared: None };
         let mut state = x.clone();
+        let mut change = |module, before: &Tensor, after: &Tensor| {
+            observe(Change { layer: self.index, module, before, after })
+        };
         if let Some(attention) = &self.attention {
-            let rows = routers.rows(ModuleKind::Attention, &attention.routing, &state, margins)?;
-            state = attention.forward(&state, &rows, step, cache)?;
+            let kind = ModuleKind::Attention;
+            let rows = routers.rows(kind, &attention.routing, &state, margins)?;
+            let after = attention.forward(&state, &rows, step, cache)?;
+            change(Some(kind), &state, &after)?;
+            state = after;
         }
         if let Some(mlp) = &self.mlp {
-            let rows = routers.rows(ModuleKind::Mlp, &mlp.routing, &state, margins)?;
-            state = mlp.forward(&state, &rows, step.kernels)?;
+            let kind = ModuleKind::Mlp;
+            let rows = routers.rows(kind, &mlp.routing, &state, margins)?;
+            let after = mlp.forward(&state, &rows, step.kernels)?;
+            change(Some(kind), &state, &after)?;
+            state = after;
         }
+        change(None, x, &state)?;
         Ok(state)
     }
 }

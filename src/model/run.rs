@@ -5,9 +5,10 @@ use ndarray::{Array2, Array3, Array4};
 use skipgpt_passes::ir::ModuleId;
 
 use super::cache::Cache;
+use super::layer::Observer;
 use super::step::Step;
 use super::{Error, Reference, Trace};
-use crate::decoder::{CacheEntry, Decoder, Follow, Input, Logits, Output, Routing};
+use crate::decoder::{CacheEntry, Decoder, Follow, Input, Logits, Output, Peek, Routing};
 
 /// A step's results, as tensors.
 struct Results {
@@ -15,8 +16,6 @@ struct Results {
     logits: Tensor,
     /// `[batch · sequence]` each.
     margins: Vec<(ModuleId, Tensor)>,
-    /// `[batch · sequence, hidden]` each; empty unless asked for.
-    layer_inputs: Vec<Tensor>,
 }
 
 impl Decoder for Reference {
@@ -28,7 +27,7 @@ impl Decoder for Reference {
     }
 
     fn step(&mut self, input: &Input) -> Result<Output, Error> {
-        let results = self.run(input, None, false)?;
+        let results = self.run(input, None, &mut |_| Ok(()))?;
         output(input, &results)
     }
 
@@ -60,8 +59,18 @@ impl Decoder for Reference {
 
 impl Follow for Reference {
     fn follow(&mut self, input: &Input, routing: &Routing) -> Result<Output, Error> {
-        let results = self.run(input, Some(routing), false)?;
+        let results = self.run(input, Some(routing), &mut |_| Ok(()))?;
         output(input, &results)
+    }
+}
+
+impl Peek for Reference {
+    fn peek(&mut self, input: &Input) -> Result<Output, Error> {
+        let before = self.cached;
+        let output = self.step(input)?;
+        self.caches.iter_mut().for_each(|cache| cache.truncate(before.1));
+        self.cached = before;
+        Ok(output)
     }
 }
 
@@ -72,9 +81,15 @@ impl Reference {
     ///
     /// As [`Decoder::step`].
     pub fn step_traced(&mut self, input: &Input) -> Result<(Output, Trace), Error> {
-        let results = self.run(input, None, true)?;
+        let mut layer_inputs = Vec::new();
+        let results = self.run(input, None, &mut |change| {
+            if change.module.is_none() {
+                layer_inputs.push(change.before.clone());
+            }
+            Ok(())
+        })?;
         let mut values = Vec::new();
-        for (layer, tensor) in self.layers.iter().zip(&results.layer_inputs) {
+        for (layer, tensor) in self.layers.iter().zip(&layer_inputs) {
             values.extend(to_host(tensor).map_err(compute(Some(layer.index)))?);
         }
         let shape = (self.layers.len(), input.batch(), input.sequence(), self.config.hidden_size);
@@ -85,11 +100,25 @@ impl Reference {
         Ok((output(input, &results)?, trace))
     }
 
+    /// As [`Decoder::step`]; `observe` hears of every change to the residual stream.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::step`], and those of `observe` as [`Error::Compute`] of the layer.
+    pub fn step_observed(
+        &mut self,
+        input: &Input,
+        observe: &mut Observer<'_>,
+    ) -> Result<Output, Error> {
+        let results = self.run(input, None, observe)?;
+        output(input, &results)
+    }
+
     fn run(
         &mut self,
         input: &Input,
         follow: Option<&Routing>,
-        trace: bool,
+        observe: &mut Observer<'_>,
     ) -> Result<Results, Error> {
         self.check(input)?;
         if let Some(routing) = follow {
@@ -99,7 +128,7 @@ impl Reference {
                 return Err(Error::Followed { found, expected });
             }
         }
-        let results = self.forward(input, follow, trace);
+        let results = self.forward(input, follow, observe);
         if results.is_ok() {
             self.cached = (input.batch(), input.mask.ncols());
         } else {
@@ -113,7 +142,7 @@ impl Reference {
         &mut self,
         input: &Input,
         follow: Option<&Routing>,
-        trace: bool,
+        observe: &mut Observer<'_>,
     ) -> Result<Results, Error> {
         let groups = self.config.num_attention_heads / self.config.num_key_value_heads;
         let mut step =
@@ -123,20 +152,16 @@ impl Reference {
         }
         let mut state = self.embed(input).map_err(compute(None))?;
         let mut results_margins = Vec::new();
-        let mut layer_inputs = Vec::new();
         for (layer, cache) in self.layers.iter().zip(&mut self.caches) {
-            if trace {
-                layer_inputs.push(state.clone());
-            }
             let mut margins = Vec::new();
             state = layer
-                .forward(&state, &step, Some(cache), &mut margins)
+                .forward_observed(&state, &step, Some(cache), &mut margins, observe)
                 .map_err(compute(Some(layer.index)))?;
             let id = |kind| ModuleId { layer: layer.index, kind };
             results_margins.extend(margins.into_iter().map(|(kind, values)| (id(kind), values)));
         }
         let logits = self.logits(&state, &step, input.logits).map_err(compute(None))?;
-        Ok(Results { logits, margins: results_margins, layer_inputs })
+        Ok(Results { logits, margins: results_margins })
     }
 
     /// `[batch · sequence, hidden]`.

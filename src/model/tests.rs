@@ -12,7 +12,7 @@ use skipgpt_passes::registry::PASSES;
 use skipgpt_passes::validate::validate;
 
 use super::*;
-use crate::decoder::{Decoder, Input, Logits, Output};
+use crate::decoder::{Decoder, Input, Logits, Output, Peek};
 
 const TOKENS: [i64; 9] = [3, 17, 39, 0, 8, 8, 25, 11, 30];
 
@@ -248,6 +248,62 @@ fn chunks_on_a_cache_are_the_whole() {
                 close(&place, found.value.clone(), as_f64(&whole.value));
             }
         }
+    }
+}
+
+#[test]
+fn peeking_leaves_the_cache_as_it_was() {
+    let (imported, sources) = build(FULL);
+    let expected = naive::run(&imported, &sources, &TOKENS);
+    let (first, rest) = TOKENS.split_at(4);
+    for (place, model) in every_phase(&imported, &[]) {
+        let mut reference = load(&model, &sources);
+        // On an empty cache, of another batch than what follows.
+        reference.peek(&Input::prompts(&[vec![1, 2], vec![3]], Logits::All)).unwrap();
+        assert!(reference.cache().unwrap().is_empty(), "{place}");
+        reference.step(&Input::row(0, first, Logits::Last)).unwrap();
+        let cache = reference.cache().unwrap();
+        for other in [&[7_i64, 7, 7, 7, 7, 7][..], &[5]] {
+            reference.peek(&Input::row(4, other, Logits::All)).unwrap();
+            assert_eq!(reference.cache().unwrap(), cache, "{place}");
+        }
+        let peeked = reference.peek(&Input::row(4, rest, Logits::All)).unwrap();
+        let stepped = reference.step(&Input::row(4, rest, Logits::All)).unwrap();
+        assert_eq!(peeked.logits, stepped.logits, "{place}");
+        close(&place, stepped.logits, expected.logits[4..].concat());
+    }
+}
+
+#[test]
+fn what_every_module_changes_is_observed() {
+    let (imported, sources) = build(PLAIN);
+    let mut reference = load(&imported, &sources);
+    let input = Input::prompts(&[TOKENS.to_vec()], Logits::Last);
+    let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let mut seen = Vec::new();
+    reference
+        .step_observed(&input, &mut |change| {
+            let (before, after) = (values(change.before), values(change.after));
+            seen.push((change.layer, change.module, before, after));
+            Ok(())
+        })
+        .unwrap();
+    reference.reset();
+    let (_, trace) = reference.step_traced(&input).unwrap();
+    assert_eq!(seen.len(), 9);
+    for (layer, seen) in seen.chunks_exact(3).enumerate() {
+        let kinds: Vec<_> = seen.iter().map(|(index, kind, ..)| (*index, *kind)).collect();
+        let kind = |kind| (layer, kind);
+        let modules = [Some(ModuleKind::Attention), Some(ModuleKind::Mlp), None].map(kind);
+        assert_eq!(kinds, modules);
+        let (_, _, input, middle) = &seen[0];
+        assert_eq!(
+            *input,
+            trace.inputs.slice(s![layer, 0, .., ..]).iter().copied().collect::<Vec<_>>()
+        );
+        assert_eq!((middle, input), (&seen[1].2, &seen[2].2));
+        assert_eq!(seen[1].3, seen[2].3);
+        assert_ne!(input, middle);
     }
 }
 

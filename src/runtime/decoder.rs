@@ -15,7 +15,7 @@ use skipgpt_passes::ir::ModuleId;
 use super::interface::{ATTENTION_MASK, Half, INPUT_IDS, Interface, LOGITS, POSITION_IDS, ROUTING};
 use super::tensor::{from_floats, from_integers, to_array, to_ranked};
 use super::{Provider, Session};
-use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Routing};
+use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
 
 /// Why a graph is no decoder, or a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -199,6 +199,27 @@ impl OnnxDecoder {
         input: &Input,
         extra: &[&str],
     ) -> Result<(Output, Vec<ArrayD<f32>>), Error> {
+        let (output, extra, cache) = self.run(input, extra)?;
+        self.cache = Some(cache);
+        Ok((output, extra))
+    }
+
+    /// As [`Peek::peek`]; gives the outputs named `extra` too.
+    pub fn peek_with(
+        &mut self,
+        input: &Input,
+        extra: &[&str],
+    ) -> Result<(Output, Vec<ArrayD<f32>>), Error> {
+        let (output, extra, _) = self.run(input, extra)?;
+        Ok((output, extra))
+    }
+
+    /// Runs `input` on top of the cache; gives the cache after it.
+    fn run(
+        &mut self,
+        input: &Input,
+        extra: &[&str],
+    ) -> Result<(Output, Vec<ArrayD<f32>>, Cache), Error> {
         let past = self.check(input)?;
         if let Some(name) = extra.iter().find(|name| !self.session.outputs().any(|o| o == **name)) {
             return Err(Error::MissingOutput { name: (*name).to_owned() });
@@ -228,8 +249,7 @@ impl OnnxDecoder {
             .iter()
             .map(|name| to_array(name, outputs.get(name).ok_or_else(|| missing(name))?))
             .collect::<Result<_, Error>>()?;
-        self.cache = Some(Cache { batch, length, layers });
-        Ok((Output { logits, routing }, extra))
+        Ok((Output { logits, routing }, extra, Cache { batch, length, layers }))
     }
 
     /// As [`Decoder::step`], for its cache and its time alone: the logits are computed and left where
@@ -393,6 +413,12 @@ impl Decoder for OnnxDecoder {
 
     fn vocab_size(&self) -> usize {
         self.interface.vocab
+    }
+}
+
+impl Peek for OnnxDecoder {
+    fn peek(&mut self, input: &Input) -> Result<Output, Error> {
+        self.peek_with(input, &[]).map(|(output, _)| output)
     }
 }
 
