@@ -8,6 +8,9 @@ use super::graph::{Attribute, Element};
 use super::router::Decision;
 use super::stream::Stream;
 
+/// The number of every row, `[tokens, 1]`.
+const ROW_NUMBERS: &str = "dispatch.rows";
+
 /// The rows a decision keeps.
 pub(super) struct Rows {
     /// Whether each token is kept, `[tokens]`.
@@ -29,6 +32,12 @@ impl Decision {
     pub(super) fn gathers(&self) -> bool {
         self.dispatch != Dispatch::Masked
     }
+}
+
+/// What modules that gather share: the rows' numbers, from `range`, `[tokens]`.
+pub(super) fn row_numbers(b: &mut Builder, range: &str) {
+    let column = b.ints("shapes.column", &[-1, 1]);
+    b.op(ROW_NUMBERS, "Reshape", &[range, &column]);
 }
 
 /// The stream after a module that computed `change` for every row.
@@ -61,17 +70,17 @@ pub(super) fn kept_rows(
     let name = &decision.place;
     let output = format!("{name}.output");
     let keep = decision.vector(b);
-    let found = b.op(&format!("{name}.kept"), "NonZero", &[&keep]);
+    let axis = vec![("axis", Attribute::Int(0))];
+    let indices = b.op_with(&format!("{name}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
+    let rows = Rows { keep, indices };
     let summed = |b: &mut Builder, output: &str| {
-        let indices = b.op(&format!("{name}.indices"), "Transpose", &[&found]);
-        let rows = Rows { keep, indices };
         let change = change(b, &rows);
         rows.add(b, output, x, &change)
     };
     if decision.dispatch != Dispatch::Conditional {
         return Stream::Value(summed(b, &output));
     }
-    let count = b.op(&format!("{name}.kept.count"), "Size", &[&found]);
+    let count = b.op(&format!("{name}.kept.count"), "Size", &[&rows.indices]);
     let any = b.cast_to(&format!("{name}.any"), &count, Element::Bool);
     let run = |b: &mut Builder| summed(b, &format!("{name}.kept.output"));
     let skip = |b: &mut Builder| b.op(&format!("{name}.skipped"), "Identity", &[x]);

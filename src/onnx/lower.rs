@@ -118,8 +118,8 @@ fn preamble(b: &mut Builder, model: &Model) -> Shared {
     let zero = b.int("constants.zero", 0);
     let one = b.int("constants.one", 1);
     let tokens = b.op("shapes.tokens", "Size", &["input_ids"]);
-    let rows = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
-    let rows = b.op("rope.rows", "Reshape", &[&rows, &shape]);
+    let range = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
+    let rows = b.op("rope.rows", "Reshape", &[&range, &shape]);
 
     let column = b.ints("shapes.column", &[-1, 1]);
     let positions = b.op("rope.positions", "Reshape", &["position_ids", &column]);
@@ -134,9 +134,14 @@ fn preamble(b: &mut Builder, model: &Model) -> Shared {
 
     let bias = attention::bias(b, config, &zero, &one);
     attention::head_shapes(b, model);
-    let attention = model.layers.iter().filter_map(|layer| layer.attention.as_ref());
-    let gathers = attention.into_iter().any(|attention| dispatch::gathers(&attention.routing));
-    let zero_queries = gathers.then(|| attention::zero_queries(b, config));
+    let gathers = |kind| {
+        let routing = model.layers.iter().filter_map(move |layer| layer.routing(kind));
+        routing.into_iter().any(dispatch::gathers)
+    };
+    let zero_queries = gathers(ModuleKind::Attention).then(|| attention::zero_queries(b, config));
+    if zero_queries.is_some() || gathers(ModuleKind::Mlp) {
+        dispatch::row_numbers(b, &range);
+    }
     Shared { batch_sequence, rows, cos, sin, bias, zero_queries }
 }
 
