@@ -29,6 +29,7 @@ fn run(cli: Cli) -> anyhow::Result<Verdict> {
     cli::screen::catch_interrupts()?;
     match cli.command {
         Command::Import(arguments) => cli::import::run(arguments),
+        Command::Train(command) => cli::train::run(&command),
         Command::Profile(arguments) => cli::profile::run(&arguments),
         Command::Export(arguments) => cli::export::run(&arguments),
         Command::Verify(arguments) => cli::verify::run(&arguments),

@@ -7,7 +7,7 @@ use super::attention::Attention;
 use super::cache::Cache;
 use super::mlp::Mlp;
 use super::router::{Routing, Rows, Source};
-use super::step::Step;
+use super::step::{Decide, Step};
 
 /// An attention and an MLP module on a residual stream.
 #[derive(Debug)]
@@ -20,27 +20,35 @@ pub struct Layer {
     pub mlp: Option<Mlp>,
 }
 
-/// A routed module's margins in one step: keep score minus skip score, `[rows]`, `f32`.
-pub type Margins = (ModuleKind, Tensor);
+/// What a routed module's router says in one step.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// Which module.
+    pub kind: ModuleKind,
+    /// Keep score minus skip score, `[rows]`, `f32`.
+    pub margins: Tensor,
+    /// Where decisions are sampled: 0 or 1, `[rows, 1]`, with the gradient of the relaxation.
+    pub keep: Option<Tensor>,
+}
 
 impl Layer {
-    /// The residual stream `[rows, hidden]` after the layer; `margins` receives those of its routed
+    /// The residual stream `[rows, hidden]` after the layer; `decisions` receives those of its routed
     /// modules, attention first.
     pub fn forward(
         &self,
         x: &Tensor,
         step: &Step,
         cache: Option<&mut Cache>,
-        margins: &mut Vec<Margins>,
+        decisions: &mut Vec<Decision>,
     ) -> Result<Tensor> {
         let mut routers = Routers { layer: self.index, step, layer_input: x, shared: None };
         let mut state = x.clone();
         if let Some(attention) = &self.attention {
-            let rows = routers.rows(ModuleKind::Attention, &attention.routing, &state, margins)?;
+            let rows = routers.rows(ModuleKind::Attention, &attention.routing, &state, decisions)?;
             state = attention.forward(&state, &rows, step, cache)?;
         }
         if let Some(mlp) = &self.mlp {
-            let rows = routers.rows(ModuleKind::Mlp, &mlp.routing, &state, margins)?;
+            let rows = routers.rows(ModuleKind::Mlp, &mlp.routing, &state, decisions)?;
             state = mlp.forward(&state, &rows, step.kernels)?;
         }
         Ok(state)
@@ -57,30 +65,40 @@ struct Routers<'a> {
 }
 
 impl Routers<'_> {
-    /// The rows a module runs for; its margins, if it is routed, go to `margins`.
+    /// The rows a module runs for; its decision, if it is routed, goes to `decisions`.
     fn rows(
         &mut self,
         kind: ModuleKind,
         routing: &Routing,
         module_input: &Tensor,
-        margins: &mut Vec<Margins>,
+        decisions: &mut Vec<Decision>,
     ) -> Result<Rows> {
         let Routing::Routed { source, dispatch } = routing else { return Ok(Rows::All) };
+        if matches!(self.step.decide, Decide::Always) {
+            return Ok(Rows::All);
+        }
+        let kernels = self.step.kernels;
         let own = match source {
-            Source::Own { router, tap: Tap::LayerInput } => router.margins(self.layer_input)?,
-            Source::Own { router, tap: Tap::ModuleInput } => router.margins(module_input)?,
+            Source::Own { router, tap: Tap::LayerInput } => router.margins(self.layer_input, kernels)?,
+            Source::Own { router, tap: Tap::ModuleInput } => {
+                router.margins(module_input, kernels)?
+            }
             Source::Shared { router, slot } => {
                 let shared = match &self.shared {
                     Some(shared) => shared,
-                    None => self.shared.insert(router.margins(self.layer_input)?),
+                    None => self.shared.insert(router.margins(self.layer_input, kernels)?),
                 };
                 shared.narrow(1, *slot, 1)?
             }
         };
         let own = own.squeeze(1)?;
-        let followed = self.step.followed(ModuleId { layer: self.layer, kind });
-        let rows = Rows::new(followed.unwrap_or(&own), *dispatch)?;
-        margins.push((kind, own));
+        let id = ModuleId { layer: self.layer, kind };
+        let keep = self.step.sampled(id, &own)?;
+        let rows = match &keep {
+            Some(keep) => Rows::Sampled(keep.clone()),
+            None => Rows::new(self.step.followed(id).unwrap_or(&own), *dispatch)?,
+        };
+        decisions.push(Decision { kind, margins: own, keep });
         Ok(rows)
     }
 }

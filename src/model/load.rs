@@ -138,7 +138,7 @@ impl Loader<'_> {
         let bias = linear.bias.as_ref().map(|bias| self.tensor_as(bias, dtype)).transpose()?;
         let lora = match &linear.lora {
             Some(lora) => {
-                Some(Lora { down: stored(&lora.down)?, up: stored(&lora.up)?, scale: lora.scale })
+                Some(Lora { down: stored(&lora.down)?, up: stored(&lora.up)?, scale: lora.scale, dropout: None })
             }
             None => None,
         };

@@ -42,10 +42,10 @@ impl Mlp {
         }
         let normed = self.norm.forward(&rows.gather(x)?, kernels)?;
         let (gate, up) = match &self.gate_up {
-            GateUp::Separate { gate, up } => (gate.forward(&normed)?, up.forward(&normed)?),
-            GateUp::Fused(both) => halves(&both.forward(&normed)?)?,
+            GateUp::Separate { gate, up } => (gate.forward(&normed, kernels)?, up.forward(&normed, kernels)?),
+            GateUp::Fused(both) => halves(&both.forward(&normed, kernels)?)?,
         };
-        rows.add(x, &self.down.forward(&(gate.silu()? * up)?)?)
+        rows.add(x, &self.down.forward(&kernels.swiglu(&gate, &up)?, kernels)?)
     }
 }
 

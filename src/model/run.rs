@@ -128,12 +128,13 @@ impl Reference {
             if trace {
                 layer_inputs.push(state.clone());
             }
-            let mut margins = Vec::new();
+            let mut decisions = Vec::new();
             state = layer
-                .forward(&state, &step, Some(cache), &mut margins)
+                .forward(&state, &step, Some(cache), &mut decisions)
                 .map_err(compute(Some(layer.index)))?;
             let id = |kind| ModuleId { layer: layer.index, kind };
-            results_margins.extend(margins.into_iter().map(|(kind, values)| (id(kind), values)));
+            let margins = decisions.into_iter().map(|made| (id(made.kind), made.margins));
+            results_margins.extend(margins);
         }
         let logits = self.logits(&state, &step, input.logits).map_err(compute(None))?;
         Ok(Results { logits, margins: results_margins, layer_inputs })
@@ -156,7 +157,7 @@ impl Reference {
                 (last.reshape((step.batch, hidden))?, 1)
             }
         };
-        let logits = self.head.forward(&self.norm.forward(&rows, step.kernels)?)?;
+        let logits = self.head.forward(&self.norm.forward(&rows, step.kernels)?, step.kernels)?;
         logits.reshape((step.batch, sequence, self.config.vocab_size))
     }
 
