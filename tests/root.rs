@@ -8,4 +8,5 @@ mod errors;
 mod import;
 mod oracle;
 mod runtime;
+mod train;
 mod verification;

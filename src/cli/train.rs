@@ -306,7 +306,8 @@ fn start(
             pth,
         },
     };
-    let bars = Bars { tokenising: screen::bytes("tokenising"), training: screen::count("training") };
+    let bars =
+        Bars { tokenising: screen::bytes("tokenising"), training: screen::count("training") };
     let outcome = train(&request, &mut |event| {
         bars.show(&event);
         screen::go_on()

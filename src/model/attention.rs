@@ -121,8 +121,7 @@ impl Attention {
         let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
         let query = rows.spread(&query, step.rows())?;
         let inputs = [&query, &key, &value];
-        let seen =
-            gradient::attention(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
+        let seen = gradient::attention(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
         rows.add(x, &self.o.forward(&rows.gather(&seen)?, step.kernels)?)
     }
 

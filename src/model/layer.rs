@@ -44,7 +44,8 @@ impl Layer {
         let mut routers = Routers { layer: self.index, step, layer_input: x, shared: None };
         let mut state = x.clone();
         if let Some(attention) = &self.attention {
-            let rows = routers.rows(ModuleKind::Attention, &attention.routing, &state, decisions)?;
+            let rows =
+                routers.rows(ModuleKind::Attention, &attention.routing, &state, decisions)?;
             state = attention.forward(&state, &rows, step, cache)?;
         }
         if let Some(mlp) = &self.mlp {
@@ -79,7 +80,9 @@ impl Routers<'_> {
         }
         let kernels = self.step.kernels;
         let own = match source {
-            Source::Own { router, tap: Tap::LayerInput } => router.margins(self.layer_input, kernels)?,
+            Source::Own { router, tap: Tap::LayerInput } => {
+                router.margins(self.layer_input, kernels)?
+            }
             Source::Own { router, tap: Tap::ModuleInput } => {
                 router.margins(module_input, kernels)?
             }

@@ -42,7 +42,9 @@ impl Mlp {
         }
         let normed = self.norm.forward(&rows.gather(x)?, kernels)?;
         let (gate, up) = match &self.gate_up {
-            GateUp::Separate { gate, up } => (gate.forward(&normed, kernels)?, up.forward(&normed, kernels)?),
+            GateUp::Separate { gate, up } => {
+                (gate.forward(&normed, kernels)?, up.forward(&normed, kernels)?)
+            }
             GateUp::Fused(both) => halves(&both.forward(&normed, kernels)?)?,
         };
         rows.add(x, &self.down.forward(&kernels.swiglu(&gate, &up)?, kernels)?)

@@ -3,8 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 use skipgpt_passes::ir::{Dispatch, Tap};
 
-use super::linear::Linear;
 use super::gradient;
+use super::linear::Linear;
 use super::ops::Kernels;
 
 /// A module's own router, or the one its layer shares. Always in `f32`: rounding a router to a

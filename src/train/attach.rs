@@ -41,8 +41,8 @@ pub(super) fn routers(
             let bound = (3.0 / hidden as f64).sqrt();
             let next = (seed, parameters.len());
             let uniform = Initial::Uniform { bound };
-            let weight = Parameter::new(name("weight"), at, &[2, hidden], uniform, next)
-                .map_err(place)?;
+            let weight =
+                Parameter::new(name("weight"), at, &[2, hidden], uniform, next).map_err(place)?;
             let bias = settings.keep_bias as f32;
             if bias != 0.0 {
                 let values = weight.values().map_err(place)?;
@@ -94,8 +94,8 @@ pub(super) fn adapters(
             .map_err(place)?;
             let zeros = Initial::Values(vec![0.0; outer * settings.rank]);
             let name = names::lora(&path, "lora_B");
-            let up = Parameter::new(name, at, &[outer, settings.rank], zeros, next(1))
-                .map_err(place)?;
+            let up =
+                Parameter::new(name, at, &[outer, settings.rank], zeros, next(1)).map_err(place)?;
             let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
             linear.lora = Some(linear::Lora {
                 down: tensor(&down),

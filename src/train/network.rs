@@ -132,10 +132,9 @@ impl Network {
     /// Losses and gradients of a batch.
     pub(super) fn gradients(&self, batch: &Batch, objective: &Objective) -> Result<Pass, Error> {
         let decide = match &objective.sampling {
-            Some(sampling) => Decide::Sampled(Relaxation {
-                tau: sampling.tau,
-                noise: sampling.noise.clone(),
-            }),
+            Some(sampling) => {
+                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
+            }
             None => Decide::Argmax,
         };
         let step = self.step(batch, decide).map_err(outside)?;
@@ -151,8 +150,7 @@ impl Network {
             inputs.push(std::mem::replace(&mut x, y));
             graphs.push((!objective.recompute).then_some(graph));
         }
-        let (loss, mut gradient) =
-            self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
+        let (loss, mut gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
         let keep = (counts.1 > 0).then(|| counts.0 / counts.1 as f64);
         let prediction = loss.mean();
         let (mut total, mut pull) = (prediction, 0.0);

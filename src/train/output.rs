@@ -38,8 +38,8 @@ pub(super) fn routers(
     replace(&written[0], &state::file(&tensors).map_err(state::Error::from)?)?;
     if with_pth {
         let path = directory.join(ROUTERS_PTH);
-        let bytes = pth::file(&tensors)
-            .map_err(|source| artifact::Error::io("write", &path, source))?;
+        let bytes =
+            pth::file(&tensors).map_err(|source| artifact::Error::io("write", &path, source))?;
         replace(&path, &bytes)?;
         written.push(path);
     }

@@ -86,15 +86,16 @@ fn difference(key: &str, recorded: &Value, given: &Value) -> Option<(String, Str
         (Value::Object(left), Value::Object(right)) => {
             let names = left.keys().chain(right.keys().filter(|name| !left.contains_key(*name)));
             names.into_iter().find_map(|name| {
-                let value = |map: &serde_json::Map<_, _>| map.get(name).cloned().unwrap_or_default();
+                let value =
+                    |map: &serde_json::Map<_, _>| map.get(name).cloned().unwrap_or_default();
                 difference(&inner(name), &value(left), &value(right))
             })
         }
         (Value::Array(left), Value::Array(right)) if left.len() == right.len() => {
             let pairs = left.iter().zip(right).enumerate();
-            pairs.into_iter().find_map(|(at, (left, right))| {
-                difference(&inner(&at.to_string()), left, right)
-            })
+            pairs
+                .into_iter()
+                .find_map(|(at, (left, right))| difference(&inner(&at.to_string()), left, right))
         }
         _ if recorded == given => None,
         _ => Some((key.to_owned(), recorded.to_string(), given.to_string())),

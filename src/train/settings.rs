@@ -144,7 +144,12 @@ impl Settings {
         ensure(self.batch > 0, "--batch", &self.batch, "1 or more")?;
         ensure(self.accumulate > 0, "--accumulate", &self.accumulate, "1 or more")?;
         let window = (2..=longest).contains(&self.window);
-        ensure(window, "--window", &self.window, "2 or more, and no more than the model was trained for (max_position_embeddings)")?;
+        ensure(
+            window,
+            "--window",
+            &self.window,
+            "2 or more, and no more than the model was trained for (max_position_embeddings)",
+        )?;
         let rate = &self.rate;
         ensure(above(rate.peak), "--learning-rate", &rate.peak, positive)?;
         ensure(share(rate.warm_up), "--warm-up", &rate.warm_up, "a share of the steps, 0 to 1")?;

@@ -105,8 +105,7 @@ impl Store {
         optimizer: &AdamW,
     ) -> Result<PathBuf, Error> {
         let bytes = serialise(parameters, optimizer)?;
-        let record =
-            Record { version: VERSION, step, sha256: hash::of_bytes(&bytes).sha256 };
+        let record = Record { version: VERSION, step, sha256: hash::of_bytes(&bytes).sha256 };
         let failed = |source| artifact::Error::io("create", &self.directory, source);
         fs::create_dir_all(&self.directory).map_err(failed)?;
         let target = self.directory.join(format!("step-{step:06}"));
@@ -158,8 +157,7 @@ impl Store {
         parameters: &[Parameter],
         optimizer: &mut AdamW,
     ) -> Result<u64, Error> {
-        let directory =
-            self.last().ok_or_else(|| Error::None { path: self.directory.clone() })?;
+        let directory = self.last().ok_or_else(|| Error::None { path: self.directory.clone() })?;
         let read = |name: &str| {
             let path = directory.join(name);
             fs::read(&path).map_err(|source| Error::Read { path, source })
@@ -247,11 +245,11 @@ pub(super) fn file(
 }
 
 /// A parameter as [`file`] takes it, under the name `name`.
-pub(super) fn entry(
-    parameter: &Parameter,
-    name: String,
-) -> Candle<(String, Vec<usize>, Vec<u8>)> {
+pub(super) fn entry(parameter: &Parameter, name: String) -> Candle<(String, Vec<usize>, Vec<u8>)> {
     let mut bytes = Vec::new();
     sources::encode(&parameter.values()?, skipgpt_passes::ir::DType::F32, &mut bytes);
     Ok((name, parameter.var.dims().to_vec(), bytes))
 }
+
+#[cfg(test)]
+mod tests;

@@ -158,13 +158,7 @@ impl Attention {
             }
             let values = self.window(v, self.kv_heads, key_head, end)?;
             let shares = Matrix::new(&shares, rows, end)?;
-            multiply(
-                &mut out[first * width..end * width],
-                false,
-                shares,
-                values,
-                Threads::One,
-            )?;
+            multiply(&mut out[first * width..end * width], false, shares, values, Threads::One)?;
         }
         Ok(())
     }

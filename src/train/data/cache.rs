@@ -55,17 +55,15 @@ impl Tokens {
         let failed = |source| Error::Io { path: path.clone(), action: "write", source };
         fs::create_dir_all(how.cache).map_err(failed)?;
         let partial = how.cache.join(format!(".{}.partial-{}", &key[..16], std::process::id()));
-        let written = write(&partial, text, how, &key, advance).and_then(|()| {
-            fs::rename(&partial, &path).map_err(failed)
-        });
+        let written = write(&partial, text, how, &key, advance)
+            .and_then(|()| fs::rename(&partial, &path).map_err(failed));
         if let Err(error) = written {
             // Nothing useful can be done if this fails too.
             let _ = fs::remove_file(&partial);
             return Err(error);
         }
-        Self::read_back(text, &path, &key)?.ok_or_else(|| {
-            failed(std::io::Error::other("what was written does not read back"))
-        })
+        Self::read_back(text, &path, &key)?
+            .ok_or_else(|| failed(std::io::Error::other("what was written does not read back")))
     }
 
     /// The cache at `path`, if it is whole and of this key.
