@@ -6,7 +6,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::cache::Cache;
-use super::gradient::{self, Causal};
+use super::gradient::{self, Causal, Frozen};
 use super::linear::Linear;
 use super::mlp::halves;
 use super::norm::Norm;
@@ -61,13 +61,13 @@ impl Attention {
         step: &Step,
         cache: Option<&mut Cache>,
     ) -> Result<Tensor> {
-        let normed = self.norm.forward(x, step.kernels)?;
         if let Some(tokens) = &step.causal {
             if cache.is_some() {
                 bail!("a step of whole sequences fills no cache");
             }
-            return self.whole(x, &normed, rows, tokens, step);
+            return self.whole(x, rows, tokens, step);
         }
+        let normed = self.norm.forward(x, step.kernels)?;
         let (key, value) = self.keys_and_values(&normed, step)?;
         let (key, value) = match cache {
             Some(cache) => cache.append(&key, &value)?,
@@ -105,24 +105,31 @@ impl Attention {
     }
 
     /// [`Attention::forward`] over whole sequences.
-    fn whole(
-        &self,
-        x: &Tensor,
-        normed: &Tensor,
-        rows: &Rows,
-        tokens: &Causal,
-        step: &Step,
-    ) -> Result<Tensor> {
+    fn whole(&self, x: &Tensor, rows: &Rows, tokens: &Causal, step: &Step) -> Result<Tensor> {
         if matches!(rows, Rows::None) {
             return Ok(x.clone());
         }
-        let (key, value) = self.projected(normed, step)?;
-        let query = self.q.forward(&rows.gather(normed)?, step.kernels)?;
+        let heads = (self.heads, self.kv_heads, self.head_dim);
+        if let (Rows::Sampled(keep), Some(frozen)) = (rows, self.frozen()) {
+            let norm = (&self.norm.scale, self.norm.eps);
+            return gradient::sampled_attention([x, keep], norm, frozen, tokens, heads);
+        }
+        let normed = self.norm.forward(x, step.kernels)?;
+        let (key, value) = self.projected(&normed, step)?;
+        let query = self.q.forward(&rows.gather(&normed)?, step.kernels)?;
         let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
         let query = rows.spread(&query, step.rows())?;
         let inputs = [&query, &key, &value];
         let seen = gradient::attention(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
         rows.add(x, &self.o.forward(&rows.gather(&seen)?, step.kernels)?)
+    }
+
+    /// The projections, where nothing of them is trained or adapted and no head has a norm.
+    fn frozen(&self) -> Option<[Frozen; 4]> {
+        let KeyValue::Separate { k, v } = &self.kv else { return None };
+        let plain = self.q_norm.is_none() && self.k_norm.is_none();
+        let frozen = [self.q.frozen()?, k.frozen()?, v.frozen()?, self.o.frozen()?];
+        plain.then_some(frozen)
     }
 
     /// `[rows, heads · head_dim]` to `[batch, heads, sequence, head_dim]`.

@@ -13,8 +13,10 @@
 
 mod add;
 mod attention;
+pub(crate) mod exp;
 mod keep;
 mod linear;
+mod module;
 mod norm;
 mod seed;
 mod swiglu;
@@ -26,6 +28,7 @@ pub(crate) use add::routed_add;
 pub(crate) use attention::{Causal, attention};
 pub(crate) use keep::straight_through;
 pub(crate) use linear::frozen_linear;
+pub(crate) use module::{Frozen, sampled_attention, sampled_mlp};
 pub(crate) use norm::rms_norm;
 pub(crate) use seed::seed;
 pub(crate) use swiglu::swiglu;

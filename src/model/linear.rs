@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::dropout::Dropout;
+use super::gradient::Frozen;
 use super::ops::Kernels;
 
 /// A projection.
@@ -30,6 +31,12 @@ pub struct Lora {
 }
 
 impl Linear {
+    /// The projection, where no part of it is trained or adapted.
+    pub(super) fn frozen(&self) -> Option<Frozen> {
+        let frozen = self.lora.is_none() && !self.weight.is_variable();
+        frozen.then(|| Frozen { weight: self.weight.clone(), bias: self.bias.clone() })
+    }
+
     /// `[rows, in]` to `[rows, out]`.
     pub fn forward(&self, x: &Tensor, kernels: Kernels) -> Result<Tensor> {
         let y = kernels.linear(x, &self.weight, self.bias.as_ref())?;

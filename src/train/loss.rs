@@ -14,7 +14,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use crate::model::gemm::{Matrix, Threads, multiply};
-use crate::model::gradient::hold;
+use crate::model::gradient::{exp, hold};
 
 /// Most elements of a chunk's logits; in tests so few that every loss takes several chunks.
 const CHUNK: usize = if cfg!(test) { 32 } else { 12 << 20 };
@@ -113,13 +113,9 @@ pub(super) fn distilled(hidden: &Tensor, teacher: &Tensor, head: &Tensor) -> Res
 fn shares(row: &mut [f32]) -> f64 {
     let highest = row.iter().fold(f32::NEG_INFINITY, |highest, value| highest.max(*value));
     let mut sum = 0.0_f64;
-    for block in row.chunks_mut(64) {
-        let mut partial = 0.0;
-        for value in block {
-            *value = (*value - highest).exp();
-            partial += *value;
-        }
-        sum += f64::from(partial);
+    for block in row.chunks_mut(256) {
+        exp::exponentials(block, highest);
+        sum += f64::from(block.iter().sum::<f32>());
     }
     let inverse = (1.0 / sum) as f32;
     row.iter_mut().for_each(|value| *value *= inverse);

@@ -13,6 +13,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::exp;
 use super::values::{Held, hold, live, slice, tensor};
 use crate::model::gemm::{Matrix, Threads, multiply};
 
@@ -30,11 +31,12 @@ pub(crate) struct Causal {
     pub(crate) sin: Tensor,
 }
 
-struct Attention {
-    tokens: Causal,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+/// The core: what lies between the projections.
+pub(super) struct Attention {
+    pub(super) tokens: Causal,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
 }
 
 /// `q` `[batch · sequence, heads · head_dim]`, `k` and `v` `[batch · sequence, kv_heads · head_dim]`,
@@ -229,11 +231,57 @@ fn softmax(scores: &mut [f32], seen: usize) {
     hidden.fill(0.0);
     let highest = seen.iter().fold(f32::NEG_INFINITY, |highest, score| highest.max(*score));
     let mut sum = 0.0;
-    for score in &mut *seen {
-        *score = (*score - highest).exp();
-        sum += *score;
-    }
+    exp::exponentials(seen, highest);
+    seen.iter().for_each(|share| sum += share);
     seen.iter_mut().for_each(|score| *score /= sum);
+}
+
+impl Attention {
+    /// What every head sees, `[batch · sequence, heads · head_dim]`.
+    pub(super) fn forward(&self, inputs: [&[f32]; 3]) -> Result<Vec<f32>> {
+        let tables = self.tables()?;
+        let (width, sequence) = (self.head_dim, self.tokens.sequence);
+        let mut heads = vec![0.0; inputs[0].len()];
+        heads.par_chunks_exact_mut(sequence * width).enumerate().try_for_each(|(task, out)| {
+            self.forward_head(out, inputs, self.place(task), &tables)
+        })?;
+        // [batch, heads, sequence, head_dim] to [batch, sequence, heads, head_dim].
+        let mut y = vec![0.0; heads.len()];
+        for (task, head) in heads.chunks_exact(sequence * width).enumerate() {
+            let (batch, at) = self.place(task);
+            for (token, values) in head.chunks_exact(width).enumerate() {
+                let row = batch * sequence + token;
+                y[(row * self.heads + at) * width..][..width].copy_from_slice(values);
+            }
+        }
+        Ok(y)
+    }
+
+    /// Gradients of queries, keys and values; `inputs` are these, the output and its gradient.
+    pub(super) fn backward(&self, inputs: [&[f32]; 5]) -> Result<[Vec<f32>; 3]> {
+        let tables = self.tables()?;
+        let (width, sequence) = (self.head_dim, self.tokens.sequence);
+        let size = sequence * width;
+        let mut heads = vec![0.0; 3 * inputs[0].len()];
+        heads.par_chunks_exact_mut(3 * size).enumerate().try_for_each(|(task, out)| {
+            self.backward_head(out, inputs, self.place(task), &tables)
+        })?;
+        let [mut d_q, mut d_k, mut d_v] = [0, 1, 2].map(|at| vec![0.0; inputs[at].len()]);
+        for (task, head) in heads.chunks_exact(3 * size).enumerate() {
+            let (batch, at) = self.place(task);
+            let key_head = self.key_head(at);
+            let query = (batch, at, self.heads);
+            self.add_unrotated(&mut d_q, &head[..size], query, self.scale(), &tables);
+            let key = (batch, key_head, self.kv_heads);
+            self.add_unrotated(&mut d_k, &head[size..2 * size], key, 1.0, &tables);
+            for (token, d) in head[2 * size..].chunks_exact(width).enumerate() {
+                let row = batch * sequence + token;
+                let out = &mut d_v[(row * self.kv_heads + key_head) * width..][..width];
+                out.iter_mut().zip(d).for_each(|(out, d)| *out += d);
+            }
+        }
+        Ok([d_q, d_k, d_v])
+    }
 }
 
 impl CustomOp3 for Attention {
@@ -250,22 +298,7 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let inputs = [slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?];
-        let tables = self.tables()?;
-        let (width, sequence) = (self.head_dim, self.tokens.sequence);
-        let mut heads = vec![0.0; inputs[0].len()];
-        heads.par_chunks_exact_mut(sequence * width).enumerate().try_for_each(|(task, out)| {
-            self.forward_head(out, inputs, self.place(task), &tables)
-        })?;
-        // [batch, heads, sequence, head_dim] to [batch, sequence, heads, head_dim].
-        let mut y = vec![0.0; heads.len()];
-        for (task, head) in heads.chunks_exact(sequence * width).enumerate() {
-            let (batch, at) = self.place(task);
-            for (token, values) in head.chunks_exact(width).enumerate() {
-                let row = batch * sequence + token;
-                y[(row * self.heads + at) * width..][..width].copy_from_slice(values);
-            }
-        }
+        let y = self.forward([slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?])?;
         Ok((CpuStorage::F32(y), q_layout.shape().clone()))
     }
 
@@ -279,28 +312,7 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let gradient = gradient.contiguous()?;
         let held = [hold(q)?, hold(k)?, hold(v)?, hold(y)?, hold(&gradient)?];
-        let inputs = held.each_ref().map(|held| &**held);
-        let tables = self.tables()?;
-        let (width, sequence) = (self.head_dim, self.tokens.sequence);
-        let size = sequence * width;
-        let mut heads = vec![0.0; 3 * inputs[0].len()];
-        heads.par_chunks_exact_mut(3 * size).enumerate().try_for_each(|(task, out)| {
-            self.backward_head(out, inputs, self.place(task), &tables)
-        })?;
-        let [mut d_q, mut d_k, mut d_v] = [q, k, v].map(|x| vec![0.0; x.elem_count()]);
-        for (task, head) in heads.chunks_exact(3 * size).enumerate() {
-            let (batch, at) = self.place(task);
-            let key_head = self.key_head(at);
-            let query = (batch, at, self.heads);
-            self.add_unrotated(&mut d_q, &head[..size], query, self.scale(), &tables);
-            let key = (batch, key_head, self.kv_heads);
-            self.add_unrotated(&mut d_k, &head[size..2 * size], key, 1.0, &tables);
-            for (token, d) in head[2 * size..].chunks_exact(width).enumerate() {
-                let row = batch * sequence + token;
-                let out = &mut d_v[(row * self.kv_heads + key_head) * width..][..width];
-                out.iter_mut().zip(d).for_each(|(out, d)| *out += d);
-            }
-        }
+        let [d_q, d_k, d_v] = self.backward(held.each_ref().map(|held| &**held))?;
         Ok((
             Some(tensor(d_q, q.shape())?),
             Some(tensor(d_k, k.shape())?),

@@ -18,6 +18,28 @@ pub(crate) fn rms_norm(x: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op1(RmsNorm { scale: scale.detach(), eps: eps as f32 })
 }
 
+/// One row: `y = x / √(mean(x²) + eps) · scale`.
+pub(super) fn forward_row(y: &mut [f32], x: &[f32], scale: &[f32], eps: f32) {
+    let inverse = inverse(x, eps);
+    for ((y, x), scale) in y.iter_mut().zip(x).zip(scale) {
+        *y = x * inverse * scale;
+    }
+}
+
+/// One row: `d`, the gradient of `y`, becomes that of `x`.
+pub(super) fn backward_row(d: &mut [f32], x: &[f32], scale: &[f32], eps: f32) {
+    let inverse = inverse(x, eps);
+    let mut along = 0.0;
+    for ((d, x), scale) in d.iter_mut().zip(x).zip(scale) {
+        *d *= scale;
+        along += *d * x;
+    }
+    let along = along / x.len() as f32 * inverse * inverse;
+    for (d, x) in d.iter_mut().zip(x) {
+        *d = inverse * (*d - x * along);
+    }
+}
+
 /// `1 / √(mean(x²) + eps)`.
 fn inverse(x: &[f32], eps: f32) -> f32 {
     let squares: f32 = x.iter().map(|value| value * value).sum();
@@ -35,10 +57,7 @@ impl CustomOp1 for RmsNorm {
         let scale = hold(&self.scale)?;
         let mut y = vec![0.0; x.len()];
         y.par_chunks_exact_mut(width).zip(x.par_chunks_exact(width)).for_each(|(y, x)| {
-            let inverse = inverse(x, self.eps);
-            for ((y, x), scale) in y.iter_mut().zip(x).zip(&*scale) {
-                *y = x * inverse * scale;
-            }
+            forward_row(y, x, &scale, self.eps);
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
@@ -53,17 +72,8 @@ impl CustomOp1 for RmsNorm {
             .zip(gradient.par_chunks_exact(width))
             .filter(|(_, gradient)| live(gradient))
             .for_each(|((dx, x), gradient)| {
-                let inverse = inverse(x, self.eps);
-                let mut along = 0.0;
-                for (((dx, x), gradient), scale) in dx.iter_mut().zip(x).zip(gradient).zip(&*scale)
-                {
-                    *dx = gradient * scale;
-                    along += *dx * x;
-                }
-                let along = along / x.len() as f32 * inverse * inverse;
-                for (dx, x) in dx.iter_mut().zip(x) {
-                    *dx = inverse * (*dx - x * along);
-                }
+                dx.copy_from_slice(gradient);
+                backward_row(dx, x, &scale, self.eps);
             });
         Ok(Some(tensor(dx, x.shape())?))
     }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::exp;
 use super::values::{hold, live, matrix, slice, tensor};
 
 struct SwiGlu;
@@ -12,8 +13,22 @@ pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
 }
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+/// One row: `y = silu(gate) · up`.
+pub(super) fn forward_row(y: &mut [f32], gate: &[f32], up: &[f32]) {
+    exp::sigmoids(y, gate);
+    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+        *y *= gate * up;
+    }
+}
+
+/// One row: `d`, the gradient of `y`, becomes that of `up`; gives that of `gate`.
+pub(super) fn backward_row(d_gate: &mut [f32], d: &mut [f32], gate: &[f32], up: &[f32]) {
+    exp::sigmoids(d_gate, gate);
+    for ((d_gate, d), (gate, up)) in d_gate.iter_mut().zip(d).zip(gate.iter().zip(up)) {
+        let (share, gradient) = (*d_gate, *d);
+        *d_gate = gradient * up * share * (1.0 + gate * (1.0 - share));
+        *d = gradient * gate * share;
+    }
 }
 
 impl CustomOp2 for SwiGlu {
@@ -35,9 +50,7 @@ impl CustomOp2 for SwiGlu {
             .zip(gate.par_chunks_exact(width))
             .zip(up.par_chunks_exact(width))
             .for_each(|((y, gate), up)| {
-                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                    *y = gate * sigmoid(*gate) * up;
-                }
+                forward_row(y, gate, up);
             });
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
@@ -61,14 +74,8 @@ impl CustomOp2 for SwiGlu {
             .zip(gradient.par_chunks_exact(width))
             .filter(|(_, gradient)| live(gradient))
             .for_each(|(((d_gate, d_up), (gate, up)), gradient)| {
-                let outputs = d_gate.iter_mut().zip(d_up);
-                for (((d_gate, d_up), (gate, up)), gradient) in
-                    outputs.zip(gate.iter().zip(up)).zip(gradient)
-                {
-                    let share = sigmoid(*gate);
-                    *d_gate = gradient * up * share * (1.0 + gate * (1.0 - share));
-                    *d_up = gradient * gate * share;
-                }
+                d_up.copy_from_slice(gradient);
+                backward_row(d_gate, d_up, gate, up);
             });
         Ok((Some(tensor(d_gate, shape)?), Some(tensor(d_up, shape)?)))
     }

@@ -245,3 +245,65 @@ fn attention_leaves_out_queries_without_a_gradient() {
     let width = HEADS.0 * HEADS.2;
     assert!(found[0][width..3 * width].iter().all(|value| *value == 0.0));
 }
+
+/// Keeps of both kinds, and what a module needs: hidden size 12, 3 sequences' worth of rows.
+fn rows_and_keep(rows: usize, hidden: usize) -> Vec<Tensor> {
+    let keep: Vec<f32> = (0..rows).map(|row| f32::from(u8::from(row % 4 != 1))).collect();
+    vec![random(&[rows, hidden]), Tensor::from_vec(keep, (rows, 1), &Device::Cpu).unwrap()]
+}
+
+fn frozen(outer: usize, inner: usize) -> Frozen {
+    let weight = (random(&[outer, inner]) * 0.3).unwrap();
+    Frozen { weight, bias: Some(random(&[outer])) }
+}
+
+fn apply(linear: &Frozen, x: &Tensor) -> Tensor {
+    frozen_linear(x, &linear.weight, linear.bias.as_ref()).unwrap()
+}
+
+#[test]
+fn mlps_in_one_piece() {
+    let (scale, parts) = (random(&[12]), [frozen(20, 12), frozen(20, 12), frozen(12, 20)]);
+    let whole = |x: &[Tensor]| sampled_mlp([&x[0], &x[1]], (&scale, 1e-5), parts.clone()).unwrap();
+    let links = |x: &[Tensor]| {
+        let normed = rms_norm(&x[0], &scale, 1e-5).unwrap();
+        let inner = swiglu(&apply(&parts[0], &normed), &apply(&parts[1], &normed)).unwrap();
+        routed_add(&x[0], &apply(&parts[2], &inner), &x[1]).unwrap()
+    };
+    agree(&whole, &links, &rows_and_keep(9, 12));
+    agree(
+        &whole,
+        &links,
+        &[random(&[9, 12]), Tensor::zeros((9, 1), DType::F32, &Device::Cpu).unwrap()],
+    );
+}
+
+#[test]
+fn attention_in_one_piece() {
+    let ((query, key, width), sequence) = (HEADS, 70);
+    let heads = heads(sequence);
+    let (q, kv) = (query * width, key * width);
+    let parts = [frozen(q, 12), frozen(kv, 12), frozen(kv, 12), frozen(12, q)];
+    let scale = random(&[12]);
+    let whole = |x: &[Tensor]| {
+        let norm = (&scale, 1e-5);
+        sampled_attention([&x[0], &x[1]], norm, parts.clone(), &heads.tokens, HEADS).unwrap()
+    };
+    let links = |x: &[Tensor]| {
+        let normed = rms_norm(&x[0], &scale, 1e-5).unwrap();
+        let inputs = [0, 1, 2].map(|at: usize| apply(&parts[at], &normed));
+        routed_add(&x[0], &apply(&parts[3], &heads.fused(&inputs)), &x[1]).unwrap()
+    };
+    agree(&whole, &links, &rows_and_keep(2 * sequence, 12));
+}
+
+/// Below the first layer nothing is trained: keep alone has a gradient.
+#[test]
+fn a_module_in_one_piece_may_have_nothing_to_train_before_it() {
+    let (scale, parts) = (random(&[12]), [frozen(20, 12), frozen(20, 12), frozen(12, 20)]);
+    let inputs = rows_and_keep(5, 12);
+    let keep = Var::from_tensor(&inputs[1]).unwrap();
+    let y = sampled_mlp([&inputs[0], &keep], (&scale, 1e-5), parts).unwrap();
+    let store = y.sum_all().unwrap().backward().unwrap();
+    assert!(store.get(&keep).is_some() && store.get(&inputs[0]).is_none());
+}
