@@ -19,10 +19,23 @@ fn main() -> ExitCode {
         Ok(Verdict::Fails) => ExitCode::from(1),
         Err(error) => {
             use std::io::Write;
-            let _ = writeln!(std::io::stderr().lock(), "error: {error:#}");
+            let _ = writeln!(std::io::stderr().lock(), "error: {}", message(&error));
             ExitCode::from(2)
         }
     }
+}
+
+/// The chain of causes on one line, those left out that a message before them has already.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        if text.is_empty() {
+            cause
+        } else if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<Verdict> {

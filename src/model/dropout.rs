@@ -71,6 +71,7 @@ const DOMAIN: u64 = 4;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+    #![allow(clippy::float_cmp, reason = "these values are exact")]
 
     use candle_core::{DType, Device};
 

@@ -106,6 +106,7 @@ pub(crate) fn multiply(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+    #![allow(clippy::float_cmp, reason = "these values are exact")]
 
     use super::*;
 

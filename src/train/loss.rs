@@ -62,7 +62,9 @@ pub(super) fn next_token(
                 let log_sum = shares(row);
                 if gradient {
                     row[target.min(width - 1)] -= 1.0;
-                    row.iter_mut().for_each(|value| *value *= scale);
+                    for value in &mut *row {
+                        *value *= scale;
+                    }
                 }
                 log_sum - f64::from(own)
             })
@@ -118,7 +120,9 @@ fn shares(row: &mut [f32]) -> f64 {
         sum += f64::from(block.iter().sum::<f32>());
     }
     let inverse = (1.0 / sum) as f32;
-    row.iter_mut().for_each(|value| *value *= inverse);
+    for value in row {
+        *value *= inverse;
+    }
     f64::from(highest) + sum.ln()
 }
 

@@ -1,4 +1,4 @@
-//! Clipping and AdamW, as PyTorch computes them.
+//! Clipping and `AdamW`, as PyTorch computes them.
 //!
 //! ```text
 //! m = β1 · m + (1 − β1) · g          v = β2 · v + (1 − β2) · g²

@@ -51,7 +51,9 @@ fn pickle(tensors: &[(String, Vec<usize>, Vec<u8>)]) -> Vec<u8> {
         out.extend(b"tQ");
         number(&mut out, 0);
         out.push(b'(');
-        shape.iter().for_each(|size| number(&mut out, *size));
+        for size in shape {
+            number(&mut out, *size);
+        }
         out.extend(b"t(");
         for dimension in 0..shape.len() {
             number(&mut out, shape[dimension + 1..].iter().product());

@@ -232,8 +232,12 @@ fn softmax(scores: &mut [f32], seen: usize) {
     let highest = seen.iter().fold(f32::NEG_INFINITY, |highest, score| highest.max(*score));
     let mut sum = 0.0;
     exp::exponentials(seen, highest);
-    seen.iter().for_each(|share| sum += share);
-    seen.iter_mut().for_each(|score| *score /= sum);
+    for share in &*seen {
+        sum += share;
+    }
+    for share in seen {
+        *share /= sum;
+    }
 }
 
 impl Attention {

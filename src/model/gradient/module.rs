@@ -262,7 +262,9 @@ impl CustomOp2 for Sampled {
         }
         let mut d = gather(&dy, &live_rows, hidden);
         d.par_chunks_exact_mut(hidden).zip(&live_rows).for_each(|(d, row)| {
-            d.iter_mut().for_each(|d| *d *= keeps[*row]);
+            for d in d {
+                *d *= keeps[*row];
+            }
         });
         let (mut d_normed, rows) = self.interior.backward(&kept, &d, &live_rows, rows, hidden)?;
         let scale = hold(&self.scale)?;
