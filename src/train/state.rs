@@ -244,7 +244,7 @@ pub(super) fn file(
     safetensors::serialize(views, Some(metadata))
 }
 
-/// A parameter as [`file`] takes it, under the name `name`.
+/// A parameter as [`file()`] takes it, under the name `name`.
 pub(super) fn entry(parameter: &Parameter, name: String) -> Candle<(String, Vec<usize>, Vec<u8>)> {
     let mut bytes = Vec::new();
     sources::encode(&parameter.values()?, skipgpt_passes::ir::DType::F32, &mut bytes);
