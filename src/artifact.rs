@@ -195,7 +195,7 @@ pub enum Error {
 }
 
 impl Error {
-    fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { path: path.to_path_buf(), action, source }
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod inspect;
 pub(crate) mod profile;
 pub(crate) mod screen;
 pub(crate) mod sources;
+pub(crate) mod train;
 pub(crate) mod verify;
 
 use std::path::PathBuf;
@@ -29,6 +30,9 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Turn a GGUF file or a training checkpoint (.pth) into a Hugging Face checkpoint directory
     Import(import::Arguments),
+    /// Train routers, or an adapter around them
+    #[command(subcommand)]
+    Train(train::Command),
     /// Measure how often each module is kept, on text
     Profile(profile::Arguments),
     /// Compile a checkpoint with its routers and adapter to an artifact

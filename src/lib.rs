@@ -21,6 +21,7 @@ pub mod safetensors;
 pub mod sources;
 pub mod text;
 pub mod tolerance;
+pub mod train;
 pub mod verify;
 pub mod watch;
 pub mod weights;

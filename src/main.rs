@@ -25,21 +25,24 @@ fn main() -> ExitCode {
     }
 }
 
-/// The error and its causes on one line; many an error says its cause's words itself.
+/// The chain of causes on one line, those left out that a message before them has already.
 fn message(error: &anyhow::Error) -> String {
-    let mut message = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !message.contains(&cause) {
-            message = format!("{message}: {cause}");
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        if text.is_empty() {
+            cause
+        } else if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
         }
-    }
-    message
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<Verdict> {
     cli::screen::catch_interrupts()?;
     match cli.command {
         Command::Import(arguments) => cli::import::run(arguments),
+        Command::Train(command) => cli::train::run(&command),
         Command::Profile(arguments) => cli::profile::run(&arguments),
         Command::Export(arguments) => cli::export::run(&arguments),
         Command::Verify(arguments) => cli::verify::run(&arguments),

@@ -17,6 +17,9 @@ use crate::{rope, weights};
 
 pub mod attention;
 pub mod cache;
+pub mod dropout;
+pub(crate) mod gemm;
+pub(crate) mod gradient;
 pub mod layer;
 pub mod linear;
 mod load;
@@ -157,6 +160,18 @@ pub struct Reference {
     cached: (usize, usize),
 }
 
+/// A reference taken apart: what training runs layer by layer.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) config: ir::Config,
+    pub(crate) frequencies: Vec<f32>,
+    /// `[vocab, hidden]`.
+    pub(crate) embedding: Tensor,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Norm,
+    pub(crate) head: Linear,
+}
+
 /// What the layers read in one step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trace {
@@ -174,6 +189,12 @@ impl Reference {
     /// [`Error::Weight`] if a tensor cannot be read.
     pub fn load(model: Validated<'_>, sources: &Sources) -> Result<Self, Error> {
         Self::load_with(model, sources, Options::default())
+    }
+
+    /// The tensors, without the cache.
+    pub(crate) fn into_parts(self) -> Parts {
+        let Self { config, frequencies, embedding, layers, norm, head, .. } = self;
+        Parts { config, frequencies, embedding, layers, norm, head }
     }
 
     /// Evaluates every weight into memory, as `options` say.

@@ -115,6 +115,18 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
     }
 
+    /// Tokens of `text` without special ones, each with the byte it begins at.
+    pub fn encode_with_places(&self, text: &str) -> Result<Vec<(u32, usize)>, Error> {
+        let encoding = self.inner.encode(text, false).map_err(Error::Encode)?;
+        let places = encoding.get_offsets().iter().map(|(start, _)| *start);
+        Ok(encoding.get_ids().iter().copied().zip(places).collect())
+    }
+
+    /// Number of tokens, special ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
     /// The text of `ids`, without special tokens.
     pub fn decode(&self, ids: &[i64]) -> Result<String, Error> {
         let ids = ids.iter().map(|id| token(*id)).collect::<Result<Vec<_>, _>>()?;

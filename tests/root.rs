@@ -10,4 +10,5 @@ mod eval;
 mod import;
 mod oracle;
 mod runtime;
+mod train;
 mod verification;

@@ -3,9 +3,10 @@
 //! Keys and values are computed and cached for every token, whatever the decision: later tokens
 //! attend to them. Where rows are gathered, q and o see the kept rows alone.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::cache::Cache;
+use super::gradient::{self, Causal, Frozen};
 use super::linear::Linear;
 use super::mlp::halves;
 use super::norm::Norm;
@@ -60,6 +61,12 @@ impl Attention {
         step: &Step,
         cache: Option<&mut Cache>,
     ) -> Result<Tensor> {
+        if let Some(tokens) = &step.causal {
+            if cache.is_some() {
+                bail!("a step of whole sequences fills no cache");
+            }
+            return self.whole(x, rows, tokens, step);
+        }
         let normed = self.norm.forward(x, step.kernels)?;
         let (key, value) = self.keys_and_values(&normed, step)?;
         let (key, value) = match cache {
@@ -69,24 +76,60 @@ impl Attention {
         if matches!(rows, Rows::None) {
             return Ok(x.clone());
         }
-        let query = self.q.forward(&rows.gather(&normed)?)?;
+        let query = self.q.forward(&rows.gather(&normed)?, step.kernels)?;
         let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
         let query = self.split(&rows.spread(&query, step.rows())?, self.heads, step)?;
         let query = step.kernels.rope(&query, &step.cos, &step.sin)?;
         let seen = self.core(&query, &key, &value, step)?;
-        rows.add(x, &self.o.forward(&rows.gather(&seen)?)?)
+        rows.add(x, &self.o.forward(&rows.gather(&seen)?, step.kernels)?)
     }
 
     /// Keys (after `RoPE`) and values of the new tokens, `[batch, kv_heads, sequence, head_dim]`.
     fn keys_and_values(&self, normed: &Tensor, step: &Step) -> Result<(Tensor, Tensor)> {
-        let (key, value) = match &self.kv {
-            KeyValue::Separate { k, v } => (k.forward(normed)?, v.forward(normed)?),
-            KeyValue::Fused(both) => halves(&both.forward(normed)?)?,
-        };
-        let key = head_norm(self.k_norm.as_ref(), key, self.head_dim, step)?;
+        let (key, value) = self.projected(normed, step)?;
         let key = self.split(&key, self.kv_heads, step)?;
         let value = self.split(&value, self.kv_heads, step)?;
         Ok((step.kernels.rope(&key, &step.cos, &step.sin)?, value))
+    }
+
+    /// Keys, normalised but not rotated, and values, `[rows, kv_heads · head_dim]`.
+    fn projected(&self, normed: &Tensor, step: &Step) -> Result<(Tensor, Tensor)> {
+        let kernels = step.kernels;
+        let (key, value) = match &self.kv {
+            KeyValue::Separate { k, v } => {
+                (k.forward(normed, kernels)?, v.forward(normed, kernels)?)
+            }
+            KeyValue::Fused(both) => halves(&both.forward(normed, kernels)?)?,
+        };
+        Ok((head_norm(self.k_norm.as_ref(), key, self.head_dim, step)?, value))
+    }
+
+    /// [`Attention::forward`] over whole sequences.
+    fn whole(&self, x: &Tensor, rows: &Rows, tokens: &Causal, step: &Step) -> Result<Tensor> {
+        if matches!(rows, Rows::None) {
+            return Ok(x.clone());
+        }
+        let heads = (self.heads, self.kv_heads, self.head_dim);
+        if let (Rows::Sampled(keep), Some(frozen)) = (rows, self.frozen()) {
+            let norm = (&self.norm.scale, self.norm.eps);
+            return gradient::sampled_attention([x, keep], norm, frozen, tokens, heads);
+        }
+        let normed = self.norm.forward(x, step.kernels)?;
+        let (key, value) = self.projected(&normed, step)?;
+        let query = self.q.forward(&rows.gather(&normed)?, step.kernels)?;
+        let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
+        let query = rows.spread(&query, step.rows())?;
+        let inputs = [&query, &key, &value];
+        let seen = gradient::attention(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
+        rows.add(x, &self.o.forward(&rows.gather(&seen)?, step.kernels)?)
+    }
+
+    /// The projections, where nothing of them is trained or adapted and no head has a norm.
+    fn frozen(&self) -> Option<[Frozen; 4]> {
+        let KeyValue::Separate { k, v } = &self.kv else { return None };
+        let plain = self.q_norm.is_none() && self.k_norm.is_none();
+        let frozen = [self.q.frozen()?, k.frozen()?, v.frozen()?, self.o.frozen()?];
+        plain.then_some(frozen)
     }
 
     /// `[rows, heads · head_dim]` to `[batch, heads, sequence, head_dim]`.

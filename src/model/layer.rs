@@ -7,7 +7,7 @@ use super::attention::Attention;
 use super::cache::Cache;
 use super::mlp::Mlp;
 use super::router::{Routing, Rows, Source};
-use super::step::Step;
+use super::step::{Decide, Step};
 
 /// An attention and an MLP module on a residual stream.
 #[derive(Debug)]
@@ -36,20 +36,28 @@ pub struct Change<'a> {
 /// Hears of every module in the order they run, and of a layer after its modules.
 pub type Observer<'a> = dyn FnMut(Change<'_>) -> Result<()> + 'a;
 
-/// A routed module's margins in one step: keep score minus skip score, `[rows]`, `f32`.
-pub type Margins = (ModuleKind, Tensor);
+/// What a routed module's router says in one step.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// Which module.
+    pub kind: ModuleKind,
+    /// Keep score minus skip score, `[rows]`, `f32`.
+    pub margins: Tensor,
+    /// Where decisions are sampled: 0 or 1, `[rows, 1]`, with the gradient of the relaxation.
+    pub keep: Option<Tensor>,
+}
 
 impl Layer {
-    /// The residual stream `[rows, hidden]` after the layer; `margins` receives those of its routed
+    /// The residual stream `[rows, hidden]` after the layer; `decisions` receives those of its routed
     /// modules, attention first.
     pub fn forward(
         &self,
         x: &Tensor,
         step: &Step,
         cache: Option<&mut Cache>,
-        margins: &mut Vec<Margins>,
+        decisions: &mut Vec<Decision>,
     ) -> Result<Tensor> {
-        self.forward_observed(x, step, cache, margins, &mut |_| Ok(()))
+        self.forward_observed(x, step, cache, decisions, &mut |_| Ok(()))
     }
 
     /// As [`Layer::forward`]; `observe` hears of every change.
@@ -58,7 +66,7 @@ impl Layer {
         x: &Tensor,
         step: &Step,
         cache: Option<&mut Cache>,
-        margins: &mut Vec<Margins>,
+        decisions: &mut Vec<Decision>,
         observe: &mut Observer<'_>,
     ) -> Result<Tensor> {
         let mut routers = Routers { layer: self.index, step, layer_input: x, shared: None };
@@ -68,14 +76,14 @@ impl Layer {
         };
         if let Some(attention) = &self.attention {
             let kind = ModuleKind::Attention;
-            let rows = routers.rows(kind, &attention.routing, &state, margins)?;
+            let rows = routers.rows(kind, &attention.routing, &state, decisions)?;
             let after = attention.forward(&state, &rows, step, cache)?;
             change(Some(kind), &state, &after)?;
             state = after;
         }
         if let Some(mlp) = &self.mlp {
             let kind = ModuleKind::Mlp;
-            let rows = routers.rows(kind, &mlp.routing, &state, margins)?;
+            let rows = routers.rows(kind, &mlp.routing, &state, decisions)?;
             let after = mlp.forward(&state, &rows, step.kernels)?;
             change(Some(kind), &state, &after)?;
             state = after;
@@ -95,30 +103,42 @@ struct Routers<'a> {
 }
 
 impl Routers<'_> {
-    /// The rows a module runs for; its margins, if it is routed, go to `margins`.
+    /// The rows a module runs for; its decision, if it is routed, goes to `decisions`.
     fn rows(
         &mut self,
         kind: ModuleKind,
         routing: &Routing,
         module_input: &Tensor,
-        margins: &mut Vec<Margins>,
+        decisions: &mut Vec<Decision>,
     ) -> Result<Rows> {
         let Routing::Routed { source, dispatch } = routing else { return Ok(Rows::All) };
+        if matches!(self.step.decide, Decide::Always) {
+            return Ok(Rows::All);
+        }
+        let kernels = self.step.kernels;
         let own = match source {
-            Source::Own { router, tap: Tap::LayerInput } => router.margins(self.layer_input)?,
-            Source::Own { router, tap: Tap::ModuleInput } => router.margins(module_input)?,
+            Source::Own { router, tap: Tap::LayerInput } => {
+                router.margins(self.layer_input, kernels)?
+            }
+            Source::Own { router, tap: Tap::ModuleInput } => {
+                router.margins(module_input, kernels)?
+            }
             Source::Shared { router, slot } => {
                 let shared = match &self.shared {
                     Some(shared) => shared,
-                    None => self.shared.insert(router.margins(self.layer_input)?),
+                    None => self.shared.insert(router.margins(self.layer_input, kernels)?),
                 };
                 shared.narrow(1, *slot, 1)?
             }
         };
         let own = own.squeeze(1)?;
-        let followed = self.step.followed(ModuleId { layer: self.layer, kind });
-        let rows = Rows::new(followed.unwrap_or(&own), *dispatch)?;
-        margins.push((kind, own));
+        let id = ModuleId { layer: self.layer, kind };
+        let keep = self.step.sampled(id, &own)?;
+        let rows = match &keep {
+            Some(keep) => Rows::Sampled(keep.clone()),
+            None => Rows::new(self.step.followed(id).unwrap_or(&own), *dispatch)?,
+        };
+        decisions.push(Decision { kind, margins: own, keep });
         Ok(rows)
     }
 }

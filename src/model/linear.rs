@@ -2,6 +2,10 @@
 
 use candle_core::{Result, Tensor};
 
+use super::dropout::Dropout;
+use super::gradient::Frozen;
+use super::ops::Kernels;
+
 /// A projection.
 #[derive(Debug, Clone)]
 pub struct Linear {
@@ -22,19 +26,24 @@ pub struct Lora {
     pub up: Tensor,
     /// What the product is multiplied by.
     pub scale: f64,
+    /// Of its input, in training.
+    pub dropout: Option<Dropout>,
 }
 
 impl Linear {
+    /// The projection, where no part of it is trained or adapted.
+    pub(super) fn frozen(&self) -> Option<Frozen> {
+        let frozen = self.lora.is_none() && !self.weight.is_variable();
+        frozen.then(|| Frozen { weight: self.weight.clone(), bias: self.bias.clone() })
+    }
+
     /// `[rows, in]` to `[rows, out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.matmul(&self.weight.t()?)?;
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(bias)?;
-        }
-        if let Some(lora) = &self.lora {
-            let adapted = x.matmul(&lora.down.t()?)?.matmul(&lora.up.t()?)?;
-            y = (y + (adapted * lora.scale)?)?;
-        }
-        Ok(y)
+    pub fn forward(&self, x: &Tensor, kernels: Kernels) -> Result<Tensor> {
+        let y = kernels.linear(x, &self.weight, self.bias.as_ref())?;
+        let Some(lora) = &self.lora else { return Ok(y) };
+        let dropped = lora.dropout.as_ref().map(|dropout| dropout.forward(x)).transpose()?;
+        let x = dropped.as_ref().unwrap_or(x);
+        let adapted = x.matmul(&lora.down.t()?)?.matmul(&lora.up.t()?)?;
+        y + (adapted * lora.scale)?
     }
 }

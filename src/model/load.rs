@@ -137,9 +137,12 @@ impl Loader<'_> {
         let stored = |stored: &Stored| self.tensor_as(&Weight::Stored(stored.clone()), dtype);
         let bias = linear.bias.as_ref().map(|bias| self.tensor_as(bias, dtype)).transpose()?;
         let lora = match &linear.lora {
-            Some(lora) => {
-                Some(Lora { down: stored(&lora.down)?, up: stored(&lora.up)?, scale: lora.scale })
-            }
+            Some(lora) => Some(Lora {
+                down: stored(&lora.down)?,
+                up: stored(&lora.up)?,
+                scale: lora.scale,
+                dropout: None,
+            }),
             None => None,
         };
         Ok(Linear { weight, bias, lora })

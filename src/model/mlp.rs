@@ -2,6 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
+use super::gradient::{self, Frozen};
 use super::linear::Linear;
 use super::norm::Norm;
 use super::ops::Kernels;
@@ -40,12 +41,23 @@ impl Mlp {
         if matches!(rows, Rows::None) {
             return Ok(x.clone());
         }
+        if let (Rows::Sampled(keep), Some(frozen)) = (rows, self.frozen()) {
+            return gradient::sampled_mlp([x, keep], (&self.norm.scale, self.norm.eps), frozen);
+        }
         let normed = self.norm.forward(&rows.gather(x)?, kernels)?;
         let (gate, up) = match &self.gate_up {
-            GateUp::Separate { gate, up } => (gate.forward(&normed)?, up.forward(&normed)?),
-            GateUp::Fused(both) => halves(&both.forward(&normed)?)?,
+            GateUp::Separate { gate, up } => {
+                (gate.forward(&normed, kernels)?, up.forward(&normed, kernels)?)
+            }
+            GateUp::Fused(both) => halves(&both.forward(&normed, kernels)?)?,
         };
-        rows.add(x, &self.down.forward(&(gate.silu()? * up)?)?)
+        rows.add(x, &self.down.forward(&kernels.swiglu(&gate, &up)?, kernels)?)
+    }
+
+    /// Gate, up and down, where nothing of them is trained or adapted.
+    fn frozen(&self) -> Option<[Frozen; 3]> {
+        let GateUp::Separate { gate, up } = &self.gate_up else { return None };
+        Some([gate.frozen()?, up.frozen()?, self.down.frozen()?])
     }
 }
 

@@ -5,6 +5,8 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::gradient;
+
 /// Which form is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
@@ -20,7 +22,29 @@ impl Kernels {
     pub fn rms_norm(self, x: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
         match self {
             Self::Fused => candle_nn::ops::rms_norm(&x.contiguous()?, scale, eps as f32),
+            Self::Differentiable if gradient::takes(x) => gradient::rms_norm(x, scale, eps),
             Self::Differentiable => candle_nn::ops::rms_norm_slow(x, scale, eps as f32),
+        }
+    }
+
+    /// `x · Wᵀ + bias`; `x` `[rows, in]`, `weight` `[out, in]`, `bias` `[out]`. Gradients reach the
+    /// weight and the bias where the weight is a variable.
+    pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if self == Self::Differentiable && !weight.is_variable() && gradient::takes(x) {
+            return gradient::frozen_linear(x, weight, bias);
+        }
+        let y = x.matmul(&weight.t()?)?;
+        match bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
+    /// `silu(gate) · up`.
+    pub fn swiglu(self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Differentiable if gradient::takes(gate) => gradient::swiglu(gate, up),
+            _ => gate.silu()? * up,
         }
     }
 

@@ -3,7 +3,9 @@
 use candle_core::{DType, Result, Tensor};
 use skipgpt_passes::ir::{Dispatch, Tap};
 
+use super::gradient;
 use super::linear::Linear;
+use super::ops::Kernels;
 
 /// A module's own router, or the one its layer shares. Always in `f32`: rounding a router to a
 /// narrower dtype flips decisions near a tie.
@@ -19,12 +21,12 @@ pub struct Router {
 
 impl Router {
     /// Keep score minus skip score of every decision: `[rows, hidden]` to `[rows, decisions]`, `f32`.
-    pub fn margins(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn margins(&self, x: &Tensor, kernels: Kernels) -> Result<Tensor> {
         let mut x = x.to_dtype(DType::F32)?;
         if let Some(hidden) = &self.hidden {
-            x = hidden.forward(&x)?.relu()?;
+            x = hidden.forward(&x, kernels)?.relu()?;
         }
-        let scores = self.output.forward(&x)?;
+        let scores = self.output.forward(&x, kernels)?;
         scores.narrow(1, 0, self.decisions)? - scores.narrow(1, self.decisions, self.decisions)?
     }
 }
@@ -69,6 +71,8 @@ pub enum Rows {
     All,
     /// Every row is computed; the result is multiplied by keep, `[rows, 1]`, 0 or 1.
     Masked(Tensor),
+    /// As [`Rows::Masked`], with a keep that gradients flow through.
+    Sampled(Tensor),
     /// The rows listed, `[kept]` of `u32`, are computed and added back where they came from.
     Gathered(Tensor),
     /// No row: nothing is computed.
@@ -99,7 +103,7 @@ impl Rows {
     /// The rows of `x` `[rows, width]` that are computed.
     pub fn gather(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::All | Self::Masked(_) | Self::None => Ok(x.clone()),
+            Self::All | Self::Masked(_) | Self::Sampled(_) | Self::None => Ok(x.clone()),
             Self::Gathered(kept) => x.index_select(kept, 0),
         }
     }
@@ -111,6 +115,7 @@ impl Rows {
             Self::Masked(keep) => {
                 residual + computed.broadcast_mul(&keep.to_dtype(computed.dtype())?)?
             }
+            Self::Sampled(keep) => gradient::routed_add(residual, computed, keep),
             Self::Gathered(kept) => residual.index_add(kept, computed, 0),
             Self::None => Ok(residual.clone()),
         }
@@ -120,7 +125,7 @@ impl Rows {
     /// elsewhere.
     pub fn spread(&self, computed: &Tensor, rows: usize) -> Result<Tensor> {
         match self {
-            Self::All | Self::Masked(_) | Self::None => Ok(computed.clone()),
+            Self::All | Self::Masked(_) | Self::Sampled(_) | Self::None => Ok(computed.clone()),
             Self::Gathered(kept) => {
                 let width = computed.dim(1)?;
                 Tensor::zeros((rows, width), computed.dtype(), computed.device())?

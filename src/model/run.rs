@@ -153,12 +153,13 @@ impl Reference {
         let mut state = self.embed(input).map_err(compute(None))?;
         let mut results_margins = Vec::new();
         for (layer, cache) in self.layers.iter().zip(&mut self.caches) {
-            let mut margins = Vec::new();
+            let mut decisions = Vec::new();
             state = layer
-                .forward_observed(&state, &step, Some(cache), &mut margins, observe)
+                .forward_observed(&state, &step, Some(cache), &mut decisions, observe)
                 .map_err(compute(Some(layer.index)))?;
             let id = |kind| ModuleId { layer: layer.index, kind };
-            results_margins.extend(margins.into_iter().map(|(kind, values)| (id(kind), values)));
+            let margins = decisions.into_iter().map(|made| (id(made.kind), made.margins));
+            results_margins.extend(margins);
         }
         let logits = self.logits(&state, &step, input.logits).map_err(compute(None))?;
         Ok(Results { logits, margins: results_margins })
@@ -181,7 +182,7 @@ impl Reference {
                 (last.reshape((step.batch, hidden))?, 1)
             }
         };
-        let logits = self.head.forward(&self.norm.forward(&rows, step.kernels)?)?;
+        let logits = self.head.forward(&self.norm.forward(&rows, step.kernels)?, step.kernels)?;
         logits.reshape((step.batch, sequence, self.config.vocab_size))
     }
 

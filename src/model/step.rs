@@ -1,10 +1,13 @@
 //! What every layer of one step shares: who may attend to whom, and the rotary tables.
 
-use candle_core::{DType, Device, Result, Tensor};
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
 use ndarray::Axis;
 use skipgpt_passes::ir::ModuleId;
 
 use super::Options;
+use super::gradient::{self, Causal};
 use super::ops::Kernels;
 use crate::decoder::{Input, Routing};
 use crate::rope;
@@ -25,8 +28,32 @@ pub struct Step {
     pub mask: Option<Tensor>,
     /// Which form of the operations is used.
     pub kernels: Kernels,
+    /// How routers' scores become decisions.
+    pub(crate) decide: Decide,
+    /// Where the step is whole sequences without padding, for training: attention in one piece.
+    pub(super) causal: Option<Causal>,
     /// Margins `[rows]` that decide in place of a module's own router.
     follow: Vec<(ModuleId, Tensor)>,
+}
+
+/// How routers' scores become decisions.
+#[derive(Debug, Clone)]
+pub(crate) enum Decide {
+    /// The higher score decides; a tie keeps.
+    Argmax,
+    /// Noise is added first, and gradients flow through the relaxation.
+    Sampled(Relaxation),
+    /// Routers are not asked: every module runs for every token.
+    Always,
+}
+
+/// The Gumbel-softmax of one step.
+#[derive(Debug, Clone)]
+pub(crate) struct Relaxation {
+    /// The temperature.
+    pub(crate) tau: f64,
+    /// Differences of two Gumbel draws, `[rows]`, by module.
+    pub(crate) noise: BTreeMap<ModuleId, Tensor>,
 }
 
 impl Step {
@@ -51,8 +78,47 @@ impl Step {
             sin: table(sin)?,
             mask: attention_mask(input, groups, &options.device)?,
             kernels: options.kernels,
+            decide: Decide::Argmax,
+            causal: None,
             follow: Vec::new(),
         })
+    }
+
+    /// A step of `batch` whole sequences of `sequence` tokens without padding, from an empty cache
+    /// that is not filled: `f32` on the CPU, differentiable.
+    pub(crate) fn whole(
+        batch: usize,
+        sequence: usize,
+        frequencies: &[f32],
+        decide: Decide,
+    ) -> Result<Self> {
+        let positions: Vec<i64> = (0..batch).flat_map(|_| 0..sequence as i64).collect();
+        let (cos, sin) = rope::tables(frequencies, positions.into_iter());
+        let table = |values: Vec<f32>| {
+            Tensor::from_vec(values, (batch, sequence, frequencies.len()), &Device::Cpu)
+        };
+        let (cos, sin) = (table(cos)?, table(sin)?);
+        Ok(Self {
+            batch,
+            sequence,
+            causal: Some(Causal { sequence, cos: cos.clone(), sin: sin.clone() }),
+            cos,
+            sin,
+            mask: None,
+            kernels: Kernels::Differentiable,
+            decide,
+            follow: Vec::new(),
+        })
+    }
+
+    /// Keep `[rows, 1]` of a module whose router says `margins` `[rows]`, where decisions are
+    /// sampled.
+    pub(super) fn sampled(&self, id: ModuleId, margins: &Tensor) -> Result<Option<Tensor>> {
+        let Decide::Sampled(relaxation) = &self.decide else { return Ok(None) };
+        let Some(noise) = relaxation.noise.get(&id) else {
+            bail!("{id}: no noise was drawn for it");
+        };
+        gradient::straight_through(margins, noise, relaxation.tau).map(Some)
     }
 
     /// From here on the modules of `routing`, `[modules, batch, sequence]`, keep what it keeps.

@@ -1,0 +1,233 @@
+//! Training of what is exported: routers, then an adapter around them.
+//!
+//! Both stages run over the same modules that verify artifacts ([`crate::model`]), with the base
+//! frozen, on the CPU in `f32`. A run is a directory:
+//!
+//! ```text
+//! run.json            settings and what identifies the inputs
+//! metrics.jsonl       a line per step and per evaluation
+//! checkpoints/        the last few, each whole or not there
+//! tokens/             the texts, tokenised
+//! router.safetensors  the result of router tuning; or
+//! adapter/            of LoRA tuning, a PEFT directory
+//! ```
+//!
+//! Everything random is a function of the seed and of where it is used, so that a run is resumed
+//! from parameters, moments and a step number, and ends in the bytes it would have ended in.
+
+mod attach;
+pub mod data;
+mod loss;
+pub mod metrics;
+mod network;
+pub mod optimizer;
+pub mod output;
+mod parameters;
+mod pth;
+mod random;
+mod record;
+mod run;
+pub mod schedule;
+pub mod settings;
+pub mod state;
+#[cfg(test)]
+mod tests;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::Error as CandleError;
+
+use crate::checkpoint::Checkpoint;
+use crate::text::Tokenizer;
+use crate::{artifact, model};
+
+pub use run::run;
+
+use metrics::{Evaluation, Step};
+use settings::Settings;
+
+/// What is to be trained, on what, and where it goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The base model; with its routers, for LoRA tuning.
+    pub checkpoint: &'a Checkpoint,
+    /// Of the base model.
+    pub tokenizer: &'a Tokenizer,
+    /// Files and directories of text to train on.
+    pub text: &'a [PathBuf],
+    /// Files and directories of text to evaluate on, in place of a held-out share.
+    pub evaluation: &'a [PathBuf],
+    /// The run's directory.
+    pub output: &'a Path,
+    /// Where tokenised texts are kept; in the run's directory where not given.
+    pub cache: Option<&'a Path>,
+    /// Whether the run in `output` is continued.
+    pub resume: bool,
+    /// What decides the result.
+    pub settings: &'a Settings,
+    /// What does not.
+    pub options: Options,
+}
+
+/// What does not change what a run computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Run layers again for their backward, so that memory does not grow with depth.
+    pub recompute: bool,
+    /// Steps from one evaluation to the next; 0 leaves all but the last out.
+    pub evaluate_every: u64,
+    /// Windows of an evaluation, at most.
+    pub evaluation_windows: usize,
+    /// Steps from one checkpoint to the next; 0 leaves all but the last out.
+    pub save_every: u64,
+    /// Checkpoints kept.
+    pub keep_checkpoints: usize,
+    /// Whether routers are written as `.pth` too.
+    pub pth: bool,
+}
+
+/// What goes on in a run.
+#[derive(Debug, Clone)]
+pub enum Event<'a> {
+    /// Texts are tokenised.
+    Tokenising(data::Progress),
+    /// The run begins, or goes on after so many steps.
+    Begins {
+        /// Steps done.
+        step: u64,
+        /// Steps in all.
+        steps: u64,
+        /// Windows to train on.
+        windows: usize,
+        /// Values that are trained.
+        parameters: usize,
+    },
+    /// The model without routers and adapter, on what is held out.
+    Dense(&'a Evaluation),
+    /// A step is done.
+    Step(&'a Step),
+    /// What is held out was evaluated.
+    Evaluation(&'a Evaluation),
+    /// A checkpoint was written.
+    Saved(&'a Path),
+}
+
+/// Hears what goes on; answering [`ControlFlow::Break`] ends the run with a checkpoint.
+pub type OnEvent<'a> = &'a mut dyn FnMut(Event<'_>) -> ControlFlow<()>;
+
+/// What a finished run gave.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Files and directories of the result.
+    pub written: Vec<PathBuf>,
+    /// The last evaluation, where something was held out.
+    pub evaluation: Option<Evaluation>,
+}
+
+/// Why training could not be done, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting is outside its range.
+    #[error(transparent)]
+    Settings(#[from] settings::Error),
+    /// The texts give no windows.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    /// The text to evaluate on gives no windows.
+    #[error("the text to evaluate on: {0}")]
+    Evaluation(#[source] data::Error),
+    /// The model could not be built or run.
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    /// The model breaks a rule of the IR.
+    #[error("the checkpoint is not a valid model:\n{0}")]
+    Invalid(String),
+    /// The checkpoint has an adapter.
+    #[error("{}: training begins from a base without an adapter; merge it first (export --format safetensors)", .0.display())]
+    Adapted(PathBuf),
+    /// Stage 2 without stage 1.
+    #[error("{}: has no routers; LoRA tuning needs those that router tuning gave: name them with --router", .0.display())]
+    NoRouters(PathBuf),
+    /// A projection that is to be adapted does not stand alone.
+    #[error("the targets leave nothing to train")]
+    NothingToTrain,
+    /// The output directory holds a run.
+    #[error("{}: holds a run already; continue it with --resume, or choose another directory", .0.display())]
+    Exists(PathBuf),
+    /// The output directory holds something else.
+    #[error("{}: is not empty and holds no run; choose another directory", .0.display())]
+    NotEmpty(PathBuf),
+    /// There is no run to resume.
+    #[error("{}: holds no run to continue (there is no run.json); leave --resume out to begin one", .0.display())]
+    NoRun(PathBuf),
+    /// `run.json` is damaged.
+    #[error("{}: is not the record of a run: {source}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The run was begun with something else.
+    #[error("{}: {key} is {recorded} in the run and {given} now; a run continues with what it began with", path.display())]
+    Differs {
+        /// The record.
+        path: PathBuf,
+        /// What differs, as a path of keys.
+        key: String,
+        /// What the run began with.
+        recorded: String,
+        /// What was given.
+        given: String,
+    },
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    State(#[from] state::Error),
+    /// A file could not be written or read.
+    #[error(transparent)]
+    File(#[from] artifact::Error),
+    /// A loss or a gradient is not a number.
+    #[error("step {step}: the {what} is {value}; its batch begins in {place}; {}", good(last.as_deref()))]
+    NotFinite {
+        /// From 1.
+        step: u64,
+        /// Loss or gradient norm.
+        what: &'static str,
+        /// What was computed.
+        value: f64,
+        /// Where the batch's first window begins.
+        place: data::Place,
+        /// The last checkpoint.
+        last: Option<PathBuf>,
+    },
+    /// The caller said to stop.
+    #[error("interrupted after step {step}; --resume continues from {}", checkpoint.display())]
+    Interrupted {
+        /// Steps done.
+        step: u64,
+        /// The checkpoint.
+        checkpoint: PathBuf,
+    },
+    /// A computation outside the layers failed.
+    #[error("{what}: {source}")]
+    Compute {
+        /// What was computed.
+        what: &'static str,
+        /// Candle's word.
+        source: CandleError,
+    },
+}
+
+impl Error {
+    fn values(source: CandleError) -> Self {
+        Self::Compute { what: "reading the parameters", source }
+    }
+}
+
+fn good(last: Option<&Path>) -> String {
+    last.map_or_else(
+        || "no checkpoint was written yet".to_owned(),
+        |path| format!("the last good checkpoint is {}", path.display()),
+    )
+}

@@ -1,0 +1,140 @@
+//! The parameters of a stage, put where the model computes with them.
+
+use candle_core::Tensor;
+use skipgpt_passes::ir::{ModuleKind, Tap};
+
+use super::network::Network;
+use super::parameters::{Initial, Parameter};
+use super::settings::{self, Target};
+use crate::checkpoint::names;
+use crate::model::attention::{Attention, KeyValue};
+use crate::model::dropout::{Clock, Dropout};
+use crate::model::linear::{self, Linear};
+use crate::model::mlp::{GateUp, Mlp};
+use crate::model::router::{Router, Routing, Source};
+use crate::model::{Error, Parts};
+
+/// The output layer of a router, by its released name.
+const OUTPUT: &str = "weight_predictor";
+
+/// With a bias the weights begin smaller by this factor, so that it decides.
+const BIASED_WEIGHTS: f32 = 0.1;
+
+/// A network with a new router for every module.
+///
+/// The published initialisation is Kaiming's uniform of gain 1, `±√(3 / hidden)`, and no bias. A
+/// keep bias `b` scales the weights by a tenth and sets the biases to `b` and `−b`.
+pub(super) fn routers(
+    mut parts: Parts,
+    settings: &settings::Router,
+    seed: u64,
+) -> Result<Network, Error> {
+    let hidden = parts.config.hidden_size;
+    let mut parameters = Vec::new();
+    for (at, layer) in parts.layers.iter_mut().enumerate() {
+        let attention = layer.attention.as_mut().map(|module| &mut module.routing);
+        let mlp = layer.mlp.as_mut().map(|module| &mut module.routing);
+        for (kind, routing) in [(ModuleKind::Attention, attention), (ModuleKind::Mlp, mlp)] {
+            let Some(routing) = routing else { continue };
+            let place = |source| Error::Compute { layer: Some(layer.index), source };
+            let name = |part: &str| names::router(layer.index, kind, &format!("{OUTPUT}.{part}"));
+            let bound = (3.0 / hidden as f64).sqrt();
+            let next = (seed, parameters.len());
+            let uniform = Initial::Uniform { bound };
+            let weight =
+                Parameter::new(name("weight"), at, &[2, hidden], uniform, next).map_err(place)?;
+            let bias = settings.keep_bias as f32;
+            if bias != 0.0 {
+                let values = weight.values().map_err(place)?;
+                let values = values.iter().map(|value| value * BIASED_WEIGHTS).collect();
+                weight.set(values).map_err(place)?;
+            }
+            let initial = Initial::Values(vec![bias, 0.0 - bias]);
+            let bias = Parameter::new(name("bias"), at, &[2], initial, next).map_err(place)?;
+            let output = Linear {
+                weight: weight.var.as_tensor().clone(),
+                bias: Some(bias.var.as_tensor().clone()),
+                lora: None,
+            };
+            let router = Router { hidden: None, output, decisions: 1 };
+            let source = Source::Own { router, tap: Tap::LayerInput };
+            *routing = Routing::Routed { source, dispatch: None };
+            parameters.extend([weight, bias]);
+        }
+    }
+    let mut network = Network { parts, parameters };
+    network.gather();
+    Ok(network)
+}
+
+/// A network with a new adapter on every target: A uniform in `±1 / √in`, B zero, as PEFT begins.
+pub(super) fn adapters(
+    mut parts: Parts,
+    settings: &settings::Lora,
+    seed: u64,
+    clock: &Clock,
+) -> Result<Network, Error> {
+    let mut parameters = Vec::new();
+    for (at, layer) in parts.layers.iter_mut().enumerate() {
+        for target in &settings.targets {
+            let linear = projection(layer.attention.as_mut(), layer.mlp.as_mut(), *target);
+            let Some(linear) = linear else { continue };
+            let place = |source| Error::Compute { layer: Some(layer.index), source };
+            let (outer, inner) = linear.weight.dims2().map_err(place)?;
+            let path = names::layer(layer.index, target.path());
+            let next = |sides: usize| (seed, parameters.len() + sides);
+            let bound = 1.0 / (inner as f64).sqrt();
+            let down = Parameter::new(
+                names::lora(&path, "lora_A"),
+                at,
+                &[settings.rank, inner],
+                Initial::Uniform { bound },
+                next(0),
+            )
+            .map_err(place)?;
+            let zeros = Initial::Values(vec![0.0; outer * settings.rank]);
+            let name = names::lora(&path, "lora_B");
+            let up =
+                Parameter::new(name, at, &[outer, settings.rank], zeros, next(1)).map_err(place)?;
+            let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
+            linear.lora = Some(linear::Lora {
+                down: tensor(&down),
+                up: tensor(&up),
+                scale: settings.alpha / settings.rank as f64,
+                dropout: (settings.dropout > 0.0).then(|| Dropout {
+                    rate: settings.dropout,
+                    seed,
+                    place: parameters.len() as u64,
+                    clock: clock.clone(),
+                }),
+            });
+            parameters.extend([down, up]);
+        }
+    }
+    let mut network = Network { parts, parameters };
+    network.gather();
+    Ok(network)
+}
+
+/// The projection `target` of a layer, where it stands alone.
+fn projection<'a>(
+    attention: Option<&'a mut Attention>,
+    mlp: Option<&'a mut Mlp>,
+    target: Target,
+) -> Option<&'a mut Linear> {
+    match target {
+        Target::Q => attention.map(|module| &mut module.q),
+        Target::O => attention.map(|module| &mut module.o),
+        Target::K | Target::V => match (&mut attention?.kv, target) {
+            (KeyValue::Separate { k, .. }, Target::K) => Some(k),
+            (KeyValue::Separate { v, .. }, _) => Some(v),
+            (KeyValue::Fused(_), _) => None,
+        },
+        Target::Gate | Target::Up => match (&mut mlp?.gate_up, target) {
+            (GateUp::Separate { gate, .. }, Target::Gate) => Some(gate),
+            (GateUp::Separate { up, .. }, _) => Some(up),
+            (GateUp::Fused(_), _) => None,
+        },
+        Target::Down => mlp.map(|module| &mut module.down),
+    }
+}

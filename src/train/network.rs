@@ -1,0 +1,335 @@
+//! The model layer by layer: losses and gradients of a batch.
+//!
+//! The backward is driven here and not by one call over the whole graph. Each layer is a graph of
+//! its own, from its input (a variable) to its output; what the layers after it computed enters as
+//! the output's gradient ([`seed`]), and the graph is freed once its gradients are taken. With
+//! recomputation only the layers' inputs are kept, and each graph is built a second time, with the
+//! same noise, when its turn in the backward comes: memory then does not grow with depth.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Result as Candle, Tensor, Var};
+use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
+
+use super::loss::{self, Loss};
+use super::parameters::Parameter;
+use super::random::{self, Use};
+use crate::model::gradient::{hold, seed};
+use crate::model::layer::Decision;
+use crate::model::linear::Linear;
+use crate::model::router::Routing;
+use crate::model::step::{Decide, Relaxation, Step};
+use crate::model::{Error, Parts};
+
+/// The frozen model with the parameters that are trained in it.
+#[derive(Debug)]
+pub(super) struct Network {
+    pub(super) parts: Parts,
+    pub(super) parameters: Vec<Parameter>,
+}
+
+/// Whole windows, one after the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Batch {
+    /// `[windows · window]`.
+    pub(super) ids: Vec<u32>,
+    /// Number of windows.
+    pub(super) windows: usize,
+}
+
+/// What a forward pass is to be trained for.
+#[derive(Debug, Clone)]
+pub(super) struct Objective {
+    /// Sampled decisions and the pull towards a target, in router tuning.
+    pub(super) sampling: Option<Sampling>,
+    /// Whether predictions are those of the dense model, in place of the text's.
+    pub(super) distill: bool,
+    /// Whether layers run again for their backward.
+    pub(super) recompute: bool,
+}
+
+/// The relaxation and the pull of one forward pass.
+#[derive(Debug, Clone)]
+pub(super) struct Sampling {
+    /// The temperature.
+    pub(super) tau: f64,
+    /// Differences of Gumbel draws, `[rows]`, by module.
+    pub(super) noise: BTreeMap<ModuleId, Tensor>,
+    /// The share of decisions that should keep.
+    pub(super) target: f64,
+    /// How strong the pull is.
+    pub(super) alpha: f64,
+}
+
+/// What a forward and backward pass gave.
+#[derive(Debug)]
+pub(super) struct Pass {
+    /// The mean loss of the predictions, in nats.
+    pub(super) prediction: f64,
+    /// That, and the pull towards the target.
+    pub(super) loss: f64,
+    /// The share of decisions that keep; `None` if nothing is routed.
+    pub(super) keep: Option<f64>,
+    /// By parameter; empty where the loss is not finite.
+    pub(super) gradients: Vec<Vec<f32>>,
+}
+
+/// One layer's graph.
+struct Graph {
+    /// The layer's input; `None` where nothing before it is trained.
+    x: Option<Var>,
+    y: Tensor,
+    decisions: Vec<Decision>,
+}
+
+impl Network {
+    /// The modules that have routers.
+    pub(super) fn routed(&self) -> Vec<ModuleId> {
+        let mut routed = Vec::new();
+        for layer in &self.parts.layers {
+            let attention = layer.attention.as_ref().map(|module| &module.routing);
+            let mlp = layer.mlp.as_ref().map(|module| &module.routing);
+            for (kind, routing) in [(ModuleKind::Attention, attention), (ModuleKind::Mlp, mlp)] {
+                if matches!(routing, Some(Routing::Routed { .. })) {
+                    routed.push(ModuleId { layer: layer.index, kind });
+                }
+            }
+        }
+        routed
+    }
+
+    /// From now on argmax decisions compute the rows they keep and no others.
+    pub(super) fn gather(&mut self) {
+        for layer in &mut self.parts.layers {
+            let attention = layer.attention.as_mut().map(|module| &mut module.routing);
+            let mlp = layer.mlp.as_mut().map(|module| &mut module.routing);
+            for routing in [attention, mlp].into_iter().flatten() {
+                if let Routing::Routed { dispatch, .. } = routing {
+                    *dispatch = Some(Dispatch::Gathered);
+                }
+            }
+        }
+    }
+
+    /// The noise of forward pass `number` over `rows` tokens.
+    pub(super) fn noise(
+        &self,
+        seed: u64,
+        number: u64,
+        rows: usize,
+    ) -> Candle<BTreeMap<ModuleId, Tensor>> {
+        let mut noise = BTreeMap::new();
+        for id in self.routed() {
+            let module = 2 * id.layer as u64 + u64::from(id.kind == ModuleKind::Mlp);
+            let mut random = random::generator(seed, Use::Gumbel, number, module);
+            let draws: Vec<f32> =
+                (0..rows).map(|_| random::gumbel_difference(&mut random)).collect();
+            noise.insert(id, Tensor::from_vec(draws, rows, &Device::Cpu)?);
+        }
+        Ok(noise)
+    }
+
+    /// Losses and gradients of a batch.
+    pub(super) fn gradients(&self, batch: &Batch, objective: &Objective) -> Result<Pass, Error> {
+        let decide = match &objective.sampling {
+            Some(sampling) => {
+                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
+            }
+            None => Decide::Argmax,
+        };
+        let step = self.step(batch, decide).map_err(outside)?;
+        let teacher = if objective.distill { Some(self.dense(batch)?) } else { None };
+
+        let mut x = self.embed(batch).map_err(outside)?;
+        let (mut inputs, mut graphs) = (Vec::new(), Vec::new());
+        let mut counts = (0.0, 0_usize);
+        for at in 0..self.parts.layers.len() {
+            let graph = self.layer(at, &x, &step)?;
+            self.count(at, &graph, &mut counts)?;
+            let y = graph.y.detach();
+            inputs.push(std::mem::replace(&mut x, y));
+            graphs.push((!objective.recompute).then_some(graph));
+        }
+        let (loss, mut gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
+        let keep = (counts.1 > 0).then(|| counts.0 / counts.1 as f64);
+        let prediction = loss.mean();
+        let (mut total, mut pull) = (prediction, 0.0);
+        if let (Some(sampling), Some(keep)) = (&objective.sampling, keep) {
+            total += sampling.alpha * (sampling.target - keep).abs();
+            let sign = match keep.total_cmp(&sampling.target) {
+                std::cmp::Ordering::Less => -1.0,
+                std::cmp::Ordering::Equal => 0.0,
+                std::cmp::Ordering::Greater => 1.0,
+            };
+            pull = sampling.alpha * sign / counts.1 as f64;
+        }
+        let mut pass = Pass { prediction, loss: total, keep, gradients: Vec::new() };
+        if !total.is_finite() {
+            return Ok(pass);
+        }
+        pass.gradients = self.parameters.iter().map(|one| vec![0.0; one.len()]).collect();
+        while let (Some(input), Some(graph)) = (inputs.pop(), graphs.pop()) {
+            let at = inputs.len();
+            let graph = match graph {
+                Some(graph) => graph,
+                None => self.layer(at, &input, &step)?,
+            };
+            let place = self.place(at);
+            gradient = self.back(at, graph, &gradient, pull, &mut pass.gradients).map_err(place)?;
+        }
+        Ok(pass)
+    }
+
+    /// How well the text is predicted; how many of the decisions keep, of how many.
+    pub(super) fn evaluate(
+        &self,
+        batch: &Batch,
+        decide: Decide,
+    ) -> Result<(Loss, (f64, usize)), Error> {
+        let step = self.step(batch, decide).map_err(outside)?;
+        let mut counts = (0.0, 0);
+        let x = self.walk(batch, &step, |at, graph| self.count(at, graph, &mut counts))?;
+        let (loss, _) = self.head(&x, batch, None, false).map_err(outside)?;
+        Ok((loss, counts))
+    }
+
+    /// The final residual stream of the dense model.
+    fn dense(&self, batch: &Batch) -> Result<Tensor, Error> {
+        let step = self.step(batch, Decide::Always).map_err(outside)?;
+        self.walk(batch, &step, |_, _| Ok(()))
+    }
+
+    /// Runs the layers, keeping nothing.
+    fn walk(
+        &self,
+        batch: &Batch,
+        step: &Step,
+        mut each: impl FnMut(usize, &Graph) -> Result<(), Error>,
+    ) -> Result<Tensor, Error> {
+        let mut x = self.embed(batch).map_err(outside)?;
+        for (at, layer) in self.parts.layers.iter().enumerate() {
+            let mut decisions = Vec::new();
+            let y = layer.forward(&x, step, None, &mut decisions).map_err(self.place(at))?;
+            let graph = Graph { x: None, y: y.detach(), decisions };
+            each(at, &graph)?;
+            x = graph.y;
+        }
+        Ok(x)
+    }
+
+    fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
+        let window = batch.ids.len() / batch.windows.max(1);
+        Step::whole(batch.windows, window, &self.parts.frequencies, decide)
+    }
+
+    /// `[rows, hidden]`.
+    fn embed(&self, batch: &Batch) -> Candle<Tensor> {
+        let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &Device::Cpu)?;
+        self.parts.embedding.index_select(&ids, 0)
+    }
+
+    fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
+        let place = self.place(at);
+        // Every layer has something that is trained, so the first is the first.
+        let x_var = if at == 0 { None } else { Some(Var::from_tensor(x).map_err(&place)?) };
+        let x = x_var.as_ref().map_or(x, Var::as_tensor);
+        let mut decisions = Vec::new();
+        let y = self.parts.layers[at].forward(x, step, None, &mut decisions).map_err(&place)?;
+        Ok(Graph { x: x_var, y, decisions })
+    }
+
+    /// Adds a layer's decisions to the sum of keeps and their number.
+    fn count(&self, at: usize, graph: &Graph, counts: &mut (f64, usize)) -> Result<(), Error> {
+        for decision in &graph.decisions {
+            let kept = match &decision.keep {
+                Some(keep) => hold(keep).map(|keep| keep.iter().map(|k| f64::from(*k)).sum()),
+                None => decision.margins.contiguous().and_then(|margins| {
+                    let kept = hold(&margins)?.iter().filter(|margin| **margin >= 0.0).count();
+                    Ok(kept as f64)
+                }),
+            };
+            counts.0 += kept.map_err(self.place(at))?;
+            counts.1 += decision.margins.elem_count();
+        }
+        Ok(())
+    }
+
+    /// The loss of the residual stream `x` after the last layer, and its gradient with respect to it.
+    fn head(
+        &self,
+        x: &Tensor,
+        batch: &Batch,
+        teacher: Option<&Tensor>,
+        gradient: bool,
+    ) -> Candle<(Loss, Tensor)> {
+        let Linear { weight, .. } = &self.parts.head;
+        let kernels = crate::model::ops::Kernels::Differentiable;
+        let x = Var::from_tensor(x)?;
+        let normed = self.parts.norm.forward(&x, kernels)?;
+        let mut loss = match teacher {
+            None => loss::next_token(&normed, weight, &targets(batch), gradient)?,
+            Some(teacher) => {
+                let teacher = self.parts.norm.forward(teacher, kernels)?;
+                loss::distilled(&normed, &teacher, weight)?
+            }
+        };
+        if !gradient {
+            let none = x.detach();
+            return Ok((loss, none));
+        }
+        let incoming = std::mem::take(&mut loss.gradient);
+        let incoming = Tensor::from_vec(incoming, normed.shape(), &Device::Cpu)?;
+        let mut store = seed(&normed, &incoming)?.backward()?;
+        let gradient = match store.remove(&x) {
+            Some(gradient) => gradient,
+            None => x.zeros_like()?,
+        };
+        Ok((loss, gradient))
+    }
+
+    /// Takes a layer's graph back: adds to its parameters' gradients, gives its input's.
+    fn back(
+        &self,
+        at: usize,
+        graph: Graph,
+        gradient: &Tensor,
+        pull: f64,
+        gradients: &mut [Vec<f32>],
+    ) -> Candle<Tensor> {
+        let mut root = seed(&graph.y, gradient)?;
+        for keep in graph.decisions.iter().filter_map(|decision| decision.keep.as_ref()) {
+            root = (root + (keep.sum_all()? * pull)?)?;
+        }
+        let mut store = root.backward()?;
+        let own = self.parameters.iter().zip(gradients).filter(|(one, _)| one.layer == at);
+        for (parameter, sum) in own {
+            if let Some(gradient) = store.remove(&parameter.var) {
+                let gradient = gradient.contiguous()?;
+                let gradient = hold(&gradient)?;
+                sum.iter_mut().zip(&*gradient).for_each(|(sum, value)| *sum += value);
+            }
+        }
+        match graph.x.and_then(|x| store.remove(&x)) {
+            Some(gradient) => Ok(gradient),
+            // Below the first layer nothing is trained, and nobody reads this.
+            None => gradient.zeros_like(),
+        }
+    }
+
+    /// Names the layer at place `at` in an error.
+    fn place(&self, at: usize) -> impl Fn(candle_core::Error) -> Error {
+        let layer = self.parts.layers.get(at).map(|layer| layer.index);
+        move |source| Error::Compute { layer, source }
+    }
+}
+
+/// The next token of every token but the last of each window.
+fn targets(batch: &Batch) -> Vec<Option<u32>> {
+    let window = batch.ids.len() / batch.windows.max(1);
+    let next = |at: usize| (!(at + 1).is_multiple_of(window)).then(|| batch.ids[at + 1]);
+    (0..batch.ids.len()).map(next).collect()
+}
+
+fn outside(source: candle_core::Error) -> Error {
+    Error::Compute { layer: None, source }
+}

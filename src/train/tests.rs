@@ -1,0 +1,217 @@
+//! Gradients against PyTorch's, and steps that must agree with one another.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use skipgpt_passes::ir::{ModuleId, ModuleKind};
+use skipgpt_passes::validate::validate;
+
+use super::attach;
+use super::network::{Batch, Network, Objective, Pass, Sampling};
+use super::settings::{Lora, Router, Target};
+use crate::checkpoint::{self, Checkpoint};
+use crate::eval;
+use crate::model::dropout::Clock;
+use crate::model::ops::Kernels;
+use crate::model::step::Decide;
+use crate::model::{Options, Parts, Reference};
+use crate::train::schedule::Line;
+
+/// Relative to the largest gradient of a tensor.
+const TOLERANCE: f32 = 1e-4;
+
+pub(super) fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/training/tiny")
+}
+
+pub(super) fn checkpoint(router: bool) -> Checkpoint {
+    let (model, routers) = (tiny(), tiny().join("router.safetensors"));
+    let request = checkpoint::Request {
+        model: Some(&model),
+        router: router.then_some(&routers),
+        ..checkpoint::Request::default()
+    };
+    checkpoint::read(&request).unwrap()
+}
+
+fn parts(router: bool) -> Parts {
+    let checkpoint = checkpoint(router);
+    let options = Options { kernels: Kernels::Differentiable, ..Options::default() };
+    let model = validate(&checkpoint.model).unwrap();
+    Reference::load_with(model, &checkpoint.sources, options).unwrap().into_parts()
+}
+
+pub(super) fn router_settings() -> Router {
+    let line = |value| Line { from: value, to: value, share: 0.0 };
+    Router { skip: line(0.25), alpha: 8.0, tau: line(2.0), keep_bias: 0.0 }
+}
+
+fn lora_settings(dropout: f64) -> Lora {
+    let targets = vec![Target::Q, Target::V, Target::Gate];
+    Lora { rank: 3, alpha: 6.0, dropout, targets }
+}
+
+/// What PyTorch computed.
+struct Expected(std::collections::HashMap<String, Tensor>);
+
+impl Expected {
+    fn read() -> Self {
+        let path = tiny().join("expected.safetensors");
+        Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
+    }
+
+    fn values(&self, name: &str) -> Vec<f32> {
+        self.0[name].flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn batch(&self) -> Batch {
+        let ids = self.0["input_ids"].flatten_all().unwrap();
+        let ids = ids.to_vec1::<i32>().unwrap().into_iter().map(|id| id as u32).collect();
+        Batch { ids, windows: 2 }
+    }
+
+    /// Keep's draw minus skip's, by module.
+    fn noise(&self) -> BTreeMap<ModuleId, Tensor> {
+        let gumbel = &self.0["gumbel"];
+        let mut noise = BTreeMap::new();
+        for layer in 0..gumbel.dim(0).unwrap() {
+            for (at, kind) in [ModuleKind::Attention, ModuleKind::Mlp].into_iter().enumerate() {
+                let pairs = gumbel.get(layer).unwrap().get(at).unwrap().reshape(((), 2)).unwrap();
+                let column = |at| pairs.narrow(1, at, 1).unwrap().squeeze(1).unwrap();
+                let difference = (column(0) - column(1)).unwrap();
+                noise.insert(ModuleId { layer, kind }, difference);
+            }
+        }
+        noise
+    }
+
+    #[track_caller]
+    fn check_gradients(&self, stage: &str, network: &Network, pass: &Pass) {
+        for (parameter, found) in network.parameters.iter().zip(&pass.gradients) {
+            let expected = self.values(&format!("{stage}.gradient.{}", parameter.name));
+            let highest = expected.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
+            assert!(highest > 0.0, "{}", parameter.name);
+            for (found, expected) in found.iter().zip(&expected) {
+                let error = (found - expected).abs() / highest;
+                assert!(error < TOLERANCE, "{}: {found} {expected}", parameter.name);
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn close(found: f64, expected: f32) {
+    assert!((found - f64::from(expected)).abs() < 1e-5 * found.abs(), "{found} {expected}");
+}
+
+fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Objective {
+    let sampling = Sampling { tau: 2.0, noise: expected.noise(), target: 0.75, alpha: 8.0 };
+    Objective { sampling: Some(sampling), distill, recompute }
+}
+
+/// The fixture's routers in place of new ones.
+fn routers(expected: &Expected) -> Network {
+    let network = attach::routers(parts(false), &router_settings(), 1).unwrap();
+    let released = candle_core::safetensors::load(tiny().join("router.safetensors"), &Device::Cpu);
+    let released = released.unwrap();
+    assert_eq!(released.len(), network.parameters.len());
+    for parameter in &network.parameters {
+        parameter.var.set(&released[&parameter.name]).unwrap();
+        assert!(expected.0.contains_key(&format!("router.gradient.{}", parameter.name)));
+    }
+    network
+}
+
+/// The fixture's adapter in place of a new one.
+fn adapter(expected: &Expected) -> Network {
+    let clock = Clock::default();
+    let network = attach::adapters(parts(true), &lora_settings(0.0), 1, &clock).unwrap();
+    for parameter in &network.parameters {
+        let value = &expected.0[&format!("lora.value.{}", parameter.name)];
+        parameter.var.set(value).unwrap();
+    }
+    network
+}
+
+#[test]
+fn routers_have_the_gradients_of_pytorch() {
+    let expected = Expected::read();
+    let network = routers(&expected);
+    for recompute in [false, true] {
+        let objective = sampled(&expected, recompute, false);
+        let pass = network.gradients(&expected.batch(), &objective).unwrap();
+        close(pass.loss, expected.values("router.loss")[0]);
+        close(pass.prediction, expected.values("router.prediction")[0]);
+        close(pass.keep.unwrap(), expected.values("router.keep")[0]);
+        expected.check_gradients("router", &network, &pass);
+    }
+}
+
+#[test]
+fn adapters_have_the_gradients_of_pytorch() {
+    let expected = Expected::read();
+    let network = adapter(&expected);
+    for recompute in [false, true] {
+        let objective = Objective { sampling: None, distill: false, recompute };
+        let pass = network.gradients(&expected.batch(), &objective).unwrap();
+        close(pass.prediction, expected.values("lora.prediction")[0]);
+        close(pass.keep.unwrap(), expected.values("lora.keep")[0]);
+        expected.check_gradients("lora", &network, &pass);
+    }
+}
+
+/// With every gate open the student is the teacher.
+#[test]
+fn distillation_is_the_distance_to_the_dense_model() {
+    let expected = Expected::read();
+    let network = routers(&expected);
+    let pass = network.gradients(&expected.batch(), &sampled(&expected, false, true)).unwrap();
+    assert!(pass.prediction > 0.01, "{}", pass.prediction);
+    for parameter in &network.parameters {
+        let bias = parameter.name.ends_with("bias");
+        let values = if bias { vec![100.0, -100.0] } else { vec![0.0; parameter.len()] };
+        parameter.set(values).unwrap();
+    }
+    let pass = network.gradients(&expected.batch(), &sampled(&expected, false, true)).unwrap();
+    assert!(pass.prediction.abs() < 1e-5, "{}", pass.prediction);
+    assert_eq!(pass.keep, Some(1.0));
+}
+
+/// Dropped elements are the same when a layer runs again.
+#[test]
+fn recomputation_changes_nothing_under_dropout() {
+    let expected = Expected::read();
+    let clock = Clock::default();
+    let network = attach::adapters(parts(true), &lora_settings(0.5), 1, &clock).unwrap();
+    for parameter in &network.parameters {
+        let value = &expected.0[&format!("lora.value.{}", parameter.name)];
+        parameter.var.set(value).unwrap();
+    }
+    let gradients = |recompute| {
+        let objective = Objective { sampling: None, distill: false, recompute };
+        network.gradients(&expected.batch(), &objective).unwrap().gradients
+    };
+    let without = gradients(false);
+    clock.set(Some(3));
+    assert_eq!(gradients(false), gradients(true));
+    assert_ne!(gradients(false), without);
+}
+
+/// What a run reports while it trains is what `eval` measures on its result.
+#[test]
+fn evaluations_agree_with_eval() {
+    let expected = Expected::read();
+    let network = routers(&expected);
+    let batch = expected.batch();
+    let (loss, (keeps, decisions)) = network.evaluate(&batch, Decide::Argmax).unwrap();
+    let checkpoint = checkpoint(true);
+    let model = validate(&checkpoint.model).unwrap();
+    let mut reference = Reference::load(model, &checkpoint.sources).unwrap();
+    let options = eval::Options { window: 70, stride: None, limit: None };
+    let report = eval::perplexity(&mut reference, &batch.ids, options, |_| ()).unwrap();
+    assert!((loss.mean() - report.nll).abs() < 1e-5, "{} {}", loss.mean(), report.nll);
+    let skipped = 1.0 - keeps / decisions as f64;
+    assert!((skipped - report.skipped.unwrap().all.unwrap()).abs() < 1e-9);
+}

@@ -1,0 +1,334 @@
+//! `train` as it is typed: both stages, killed and resumed, and what is refused.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use skipgpt_export::checkpoint;
+use tempfile::TempDir;
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/training/tiny")
+}
+
+/// A directory with a text; runs go beside it.
+struct Place {
+    directory: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self { directory: TempDir::new().unwrap() };
+        let mut text = String::new();
+        for number in 0..400 {
+            writeln!(text, "{number} and {} make {}.", number + 1, 2 * number + 1).unwrap();
+        }
+        fs::write(place.path("text.txt"), text).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A run of the binary, not yet started.
+    fn command(&self, stage: &str, output: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+        command.args(["train", stage]);
+        if !more.contains(&"--model") {
+            command.arg("--model").arg(tiny());
+        }
+        if stage == "lora" && !more.contains(&"--router") {
+            command.arg("--router").arg(tiny().join("router.safetensors"));
+        }
+        if !more.contains(&"--text") {
+            command.arg("--text").arg(self.path("text.txt"));
+        }
+        command.arg("--output").arg(self.path(output)).args(more);
+        let own = SMALL.chunks_exact(2).filter(|pair| !more.contains(&pair[0]));
+        command.args(own.flatten());
+        command.current_dir(self.directory.path());
+        command
+    }
+
+    /// Exit code, standard output and standard error, without the directory's path.
+    fn run(&self, stage: &str, output: &str, more: &[&str]) -> (i32, String, String) {
+        let Output { status, stdout, stderr } = self.command(stage, output, more).output().unwrap();
+        let root = format!("{}/", self.directory.path().display());
+        let text = |bytes| String::from_utf8(bytes).unwrap().replace(&root, "");
+        (status.code().unwrap(), text(stdout), text(stderr))
+    }
+
+    fn succeeds(&self, stage: &str, output: &str, more: &[&str]) -> String {
+        let (code, stdout, stderr) = self.run(stage, output, more);
+        assert_eq!(code, 0, "{stdout}\n{stderr}");
+        stdout
+    }
+
+    #[track_caller]
+    fn refused(&self, stage: &str, output: &str, more: &[&str], message: &str) {
+        let (code, stdout, stderr) = self.run(stage, output, more);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+        assert_eq!(stderr, format!("error: {message}\n"));
+    }
+
+    fn metrics(&self, output: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(output).join("metrics.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The bytes of a finished run: its last checkpoint and its result.
+    fn bytes(&self, output: &str, step: &str, result: &str) -> Vec<Vec<u8>> {
+        let names = [
+            &format!("checkpoints/step-{step}/state.safetensors"),
+            &format!("checkpoints/step-{step}/state.json"),
+            result,
+        ];
+        names.map(|name| fs::read(self.path(output).join(name)).unwrap()).to_vec()
+    }
+
+    /// Starts a run, kills it once a checkpoint is there, and resumes it to the end.
+    fn kill_and_resume(&self, stage: &str, output: &str, more: &[&str], steps: &str) {
+        let more = [more, &["--steps", steps, "--save-every", "5"]].concat();
+        let mut command = self.command(stage, output, &more);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let checkpoint = self.path(output).join("checkpoints/step-000005");
+        let started = Instant::now();
+        while !checkpoint.exists() {
+            assert!(started.elapsed() < Duration::from_mins(2), "no checkpoint");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "the run was over before it was killed");
+        self.succeeds(stage, output, &[&more[..], &["--resume"]].concat());
+    }
+}
+
+/// Two windows of 32 tokens a pass, two passes a step.
+const SMALL: [&str; 8] =
+    ["--batch", "2", "--accumulate", "2", "--window", "32", "--eval-every", "10"];
+
+fn losses(metrics: &[Value]) -> Vec<(u64, f64)> {
+    let steps = metrics.iter().filter(|line| line["kind"] == "step");
+    steps.map(|line| (line["step"].as_u64().unwrap(), line["loss"].as_f64().unwrap())).collect()
+}
+
+#[test]
+fn killed_router_tuning_ends_in_the_same_bytes() {
+    let place = Place::new();
+    let more = ["--schedule", "cosine", "--skip-from", "0.1", "--seed", "5"];
+    place.kill_and_resume("router", "killed", &more, "400");
+    let whole = [&more[..], &["--steps", "400", "--save-every", "400"]].concat();
+    place.succeeds("router", "whole", &whole);
+    let bytes = |output| place.bytes(output, "000400", "router.safetensors");
+    assert!(bytes("killed") == bytes("whole"));
+    assert_eq!(losses(&place.metrics("killed")), losses(&place.metrics("whole")));
+}
+
+#[test]
+fn killed_lora_tuning_ends_in_the_same_bytes() {
+    let place = Place::new();
+    let more = ["--rank", "4", "--seed", "5", "--recompute"];
+    place.kill_and_resume("lora", "killed", &more, "300");
+    let whole = ["--rank", "4", "--seed", "5", "--steps", "300", "--save-every", "300"];
+    place.succeeds("lora", "whole", &whole);
+    let bytes = |output| place.bytes(output, "000300", "adapter/adapter_model.safetensors");
+    assert!(bytes("killed") == bytes("whole"));
+    assert_eq!(losses(&place.metrics("killed")), losses(&place.metrics("whole")));
+}
+
+/// The two stages and the reader of their results; the pull towards the target works.
+#[test]
+fn both_stages_give_what_export_reads() {
+    let place = Place::new();
+    let more = ["--steps", "150", "--keep-bias", "1.5", "--pth", "--skip", "0.4"];
+    let told = place.succeeds("router", "routers", &more);
+    assert!(told.contains("held-out windows)\n") && told.contains("router.pth"), "{told}");
+    let metrics = place.metrics("routers");
+    assert_eq!(metrics[0]["kind"], "dense");
+    assert!(metrics[1]["keep"].as_f64().unwrap() > 0.8);
+    let last = metrics.iter().rfind(|line| line["kind"] == "step").unwrap();
+    assert!((last["keep"].as_f64().unwrap() - 0.6).abs() < 0.15, "{last}");
+
+    let router = place.path("routers/router.safetensors");
+    let router = router.to_str().unwrap();
+    let lora = ["--router", router, "--steps", "60", "--targets", "q,k,v,o,gate,up,down"];
+    let lora = [&lora[..], &["--learning-rate", "1e-2", "--schedule", "constant"]].concat();
+    place.succeeds("lora", "lora", &lora);
+    let losses = losses(&place.metrics("lora"));
+    assert!(losses[losses.len() - 1].1 < losses[0].1 - 0.3, "{losses:?}");
+
+    let (model, adapter) = (tiny(), place.path("lora/adapter"));
+    for router in ["routers/router.safetensors", "routers/router.pth"] {
+        let read = checkpoint::read(&checkpoint::Request {
+            model: Some(&model),
+            router: Some(&place.path(router)),
+            adapter: Some(&adapter),
+            lora_alpha: None,
+        });
+        let read = read.unwrap();
+        let attention = read.model.layers[2].attention.as_ref().unwrap();
+        let lora = attention.q.lora.as_ref().unwrap();
+        assert_eq!(lora.scale.to_bits(), 2.0_f64.to_bits());
+    }
+}
+
+#[test]
+fn the_last_checkpoints_are_kept() {
+    let place = Place::new();
+    let more = ["--steps", "12", "--save-every", "2", "--keep-checkpoints", "3"];
+    place.succeeds("router", "run", &more);
+    let mut kept: Vec<_> = fs::read_dir(place.path("run/checkpoints"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    kept.sort();
+    assert_eq!(kept, ["step-000008", "step-000010", "step-000012"]);
+}
+
+#[test]
+fn numbers_that_blow_up_stop_the_run_and_name_the_batch() {
+    let place = Place::new();
+    let more = ["--steps", "20", "--save-every", "1", "--clip", "0", "--schedule", "constant"];
+    let more = [&more[..], &["--learning-rate", "1e30"]].concat();
+    let (code, _, message) = place.run("lora", "run", &more);
+    assert_eq!(code, 2);
+    let start = message.split(" is ").next().unwrap();
+    assert!(start.starts_with("error: step ") && start.contains(": the "), "{message}");
+    assert!(message.contains("; its batch begins in text.txt from byte "), "{message}");
+    assert!(
+        message.contains(" on; the last good checkpoint is run/checkpoints/step-0"),
+        "{message}"
+    );
+    let good = message.trim().rsplit(' ').next().unwrap();
+    assert!(place.path(good).join("state.safetensors").exists(), "{good}");
+}
+
+#[test]
+fn settings_outside_their_ranges_are_refused() {
+    let place = Place::new();
+    let share = "a share between 0 and 1, neither included";
+    for (stage, more, message) in [
+        ("router", &["--skip", "1"][..], format!("--skip is 1; expected {share}")),
+        ("router", &["--skip", "0"], format!("--skip is 0; expected {share}")),
+        ("router", &["--tau-to", "0"], "--tau-to is 0; expected a number above 0".to_owned()),
+        ("router", &["--steps", "0"], "--steps is 0; expected 1 or more".to_owned()),
+        ("lora", &["--rank", "0"], "--rank is 0; expected 1 or more".to_owned()),
+        ("lora", &["--dropout", "1"], "--dropout is 1; expected 0 or more and under 1".to_owned()),
+    ] {
+        place.refused(stage, "run", more, &message);
+    }
+    let message = "--window is 129; expected 2 or more, and no more than the model was trained \
+                   for (max_position_embeddings)";
+    place.refused("router", "run", &["--window", "129"], message);
+    assert!(!place.path("run").exists());
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused() {
+    let place = Place::new();
+    fs::write(place.path("empty.txt"), "").unwrap();
+    place.refused("router", "run", &["--text", "empty.txt"], "empty.txt: holds no text");
+    place.refused(
+        "router",
+        "run",
+        &["--text", "short.txt"],
+        "short.txt: cannot read: No such file or directory (os error 2)",
+    );
+    fs::write(place.path("short.txt"), "a few words").unwrap();
+    place.refused(
+        "router",
+        "run",
+        &["--text", "short.txt"],
+        "the text has 12 tokens, 0 windows of 32; 1 are needed",
+    );
+
+    // The same weights beside the tokenizer of a larger model.
+    let model = place.path("model");
+    fs::create_dir(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(tiny().join(name), model.join(name)).unwrap();
+    }
+    let text = fs::read_to_string(tiny().join("tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_str(&text).unwrap();
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    for id in 257..300 {
+        vocab.insert(format!("token{id}"), id.into());
+    }
+    fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    place.refused(
+        "router",
+        "run",
+        &["--model", "model"],
+        "model/tokenizer.json: has 300 tokens and the model 264; it is the tokenizer of another model",
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+    command.args(["train", "lora", "--model"]).arg(tiny()).args(SMALL);
+    command.arg("--text").arg(place.path("text.txt")).arg("--output").arg(place.path("run"));
+    let message = String::from_utf8(command.output().unwrap().stderr).unwrap();
+    let path = tiny().display().to_string();
+    let expected = format!(
+        "error: {path}: has no routers; LoRA tuning needs those that router tuning gave: name them with --router\n"
+    );
+    assert_eq!(message, expected);
+}
+
+#[test]
+fn directories_that_cannot_be_resumed_are_refused() {
+    let place = Place::new();
+    let more = ["--steps", "4", "--save-every", "2"];
+    let resume = |output, more: &[&str], message: &str| {
+        place.refused("router", output, &[more, &["--resume"]].concat(), message);
+    };
+    resume(
+        "run",
+        &more,
+        "run: holds no run to continue (there is no run.json); leave --resume out to begin one",
+    );
+    fs::create_dir(place.path("other")).unwrap();
+    fs::write(place.path("other/notes.txt"), "mine").unwrap();
+    let message = "other: is not empty and holds no run; choose another directory";
+    place.refused("router", "other", &more, message);
+    place.succeeds("router", "run", &more);
+    let message =
+        "run: holds a run already; continue it with --resume, or choose another directory";
+    place.refused("router", "run", &more, message);
+
+    // Of another run: other settings, another text, another stage.
+    let differs = "a run continues with what it began with";
+    resume(
+        "run",
+        &["--steps", "4", "--alpha", "20"],
+        &format!(
+            "run/run.json: settings.stage.router.alpha is 8.0 in the run and 20.0 now; {differs}"
+        ),
+    );
+    fs::write(place.path("new.txt"), "another text ".repeat(40)).unwrap();
+    let (code, _, message) =
+        place.run("router", "run", &["--steps", "4", "--text", "new.txt", "--resume"]);
+    assert!(code == 2 && message.contains("run/run.json: text.0 is "), "{message}");
+
+    // Damage: the checkpoint before it is left, and enough.
+    let state = place.path("run/checkpoints/step-000004/state.safetensors");
+    let mut bytes = fs::read(&state).unwrap();
+    let good = bytes.clone();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&state, &bytes).unwrap();
+    resume(
+        "run",
+        &more,
+        "run/checkpoints/step-000004/state.safetensors: is damaged (its hash differs from the recorded one); \
+         remove run/checkpoints/step-000004 to continue from the checkpoint before it",
+    );
+    fs::remove_dir_all(place.path("run/checkpoints/step-000004")).unwrap();
+    place.succeeds("router", "run", &[&more[..], &["--resume"]].concat());
+    assert!(fs::read(&state).unwrap() == good);
+    fs::write(place.path("run/run.json"), "{}").unwrap();
+    let (code, _, message) = place.run("router", "run", &[&more[..], &["--resume"]].concat());
+    assert!(code == 2 && message.contains("run/run.json: is not the record of a run"), "{message}");
+}
