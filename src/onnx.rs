@@ -11,6 +11,7 @@ pub mod graph;
 mod lower;
 mod mlp;
 pub mod proto;
+mod quantized;
 mod router;
 mod stream;
 mod text;

@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::DType;
+use skipgpt_passes::quantization::{AccuracyLevel, Scheme};
 
 /// How far a value may stand from the reference's.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -81,7 +82,28 @@ const TABLE: [(DType, Tolerances); 3] = [
     ),
 ];
 
+/// The bounds of artifacts whose products round activations to 8 bits.
+const INT8_ACTIVATIONS: Tolerances = Tolerances {
+    logits: Tolerance { atol: 0.1, rtol: 5e-2 },
+    cache: Tolerance { atol: 0.1, rtol: 5e-2 },
+    layer: Tolerance { atol: 0.1, rtol: 5e-2 },
+    tie_margin: 0.2,
+    tie_share: 2e-2,
+    token_gap: 0.3,
+    log_prob: 0.3,
+};
+
 impl Tolerances {
+    /// The bounds for artifacts that compute in `dtype`, with matrices in few bits where there is
+    /// a `scheme`.
+    pub fn with_scheme(dtype: DType, scheme: Option<&Scheme>) -> Self {
+        let rounds = |scheme: &&Scheme| scheme.accuracy == AccuracyLevel::Int8;
+        match (dtype, scheme.filter(rounds)) {
+            (DType::F32 | DType::F16, Some(_)) => INT8_ACTIVATIONS,
+            _ => Self::of(dtype),
+        }
+    }
+
     /// The bounds for artifacts that compute in `dtype`.
     pub const fn of(dtype: DType) -> Self {
         let row = match dtype {

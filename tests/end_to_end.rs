@@ -77,6 +77,7 @@ fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Expor
     let checkpoint = variant.read(case);
     let choices = Choices {
         dispatch: Some(dispatch),
+        quantization: None,
         rearrange: !link,
         prune_below: None,
         always_above: None,

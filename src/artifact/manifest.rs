@@ -18,6 +18,7 @@ use crate::onnx::graph::Graph;
 use crate::onnx::proto;
 
 mod plan;
+mod quantization;
 mod spelling;
 
 use plan::PlanDef;

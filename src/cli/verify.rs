@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
+use skipgpt_export::readback;
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::tolerance::Tolerances;
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
-use skipgpt_passes::prune_modules;
 
 use super::{CheckpointArguments, ReportArguments, RuntimeArguments, Verdict, screen, sources};
 
@@ -38,16 +39,15 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let artifact = sources::artifact(&arguments.artifact)?;
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
-    let plan = &artifact.manifest.plan;
+    let scheme = artifact.manifest.plan.quantization.map(|quantization| quantization.scheme);
+    let dtype = artifact.manifest.options.dtype;
     let runtime = sources::runtime(&arguments.runtime, &artifact)?;
     let session = sources::session_options(&arguments.runtime);
     let mut watched = Watched::open(&artifact, &runtime, &session)?;
 
-    // The reference runs what was imported, adapter unmerged; only removals are the plan's.
-    let mut imported = checkpoint.model.clone();
-    prune_modules::prune(&mut imported, plan)
-        .context("the artifact's plan does not fit this checkpoint")?;
-    let checkpoint = skipgpt_export::checkpoint::Checkpoint { model: imported, ..checkpoint };
+    // The reference runs what was imported, adapter unmerged; only removals are the plan's, and the
+    // values of quantised weights the artifact's.
+    let (checkpoint, nearness) = readback::read(&artifact, &checkpoint)?;
     let mut reference = sources::reference(&checkpoint)?;
 
     let prompts = match &arguments.prompts {
@@ -62,19 +62,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         seed: arguments.seed,
         decode_steps: arguments.decode_steps,
         greedy_tokens: arguments.greedy_tokens,
-        ..verify::Options::new(
-            session.provider.name(),
-            &runtime.found().version.to_string(),
-            artifact.manifest.options.dtype,
-        )
+        tolerances: Tolerances::with_scheme(dtype, scheme.as_ref()),
+        ..verify::Options::new(session.provider.name(), &runtime.found().version.to_string(), dtype)
     };
     let bar = screen::count("verifying");
-    let report = verify::run(&mut reference, &mut watched, &prompts, &options, &mut |progress| {
-        bar.set_length(progress.steps as u64);
-        bar.set_position(progress.step as u64);
-        bar.set_message(progress.case.to_owned());
-    })?;
+    let mut report =
+        verify::run(&mut reference, &mut watched, &prompts, &options, &mut |progress| {
+            bar.set_length(progress.steps as u64);
+            bar.set_position(progress.step as u64);
+            bar.set_message(progress.case.to_owned());
+        })?;
     bar.finish_and_clear();
+    report.compare_weights(nearness);
     screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
 }

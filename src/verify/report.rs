@@ -9,6 +9,7 @@ use super::Options;
 use super::compare::Tally;
 use super::place::{Divergence, Tie};
 use super::stats::{Decisions, Stats};
+use crate::readback::Nearness;
 use crate::tolerance::Tolerances;
 
 /// Most ties that are listed one by one.
@@ -39,6 +40,8 @@ pub struct Report {
     pub dtype: String,
     /// The bounds.
     pub tolerances: Tolerances,
+    /// How near quantised weights are to the checkpoint's; `None` where none are quantised.
+    pub weights: Option<Nearness>,
     /// Case by case.
     pub cases: Vec<CaseReport>,
     /// Where the artifact first goes wrong, in the first case in which it does.
@@ -181,10 +184,17 @@ impl Report {
             onnxruntime: options.onnxruntime.clone(),
             dtype: options.dtype.to_string(),
             tolerances: options.tolerances,
+            weights: None,
             first_divergence: cases.iter().find_map(|case| case.first_divergence.clone()),
             cases,
             seconds: time.as_secs_f64(),
         }
+    }
+
+    /// Adds what reading quantised weights back has shown: part of the verdict.
+    pub fn compare_weights(&mut self, nearness: Option<Nearness>) {
+        self.passed &= nearness.as_ref().is_none_or(|nearness| nearness.passed);
+        self.weights = nearness;
     }
 
     /// Decisions of all cases.
@@ -200,6 +210,15 @@ impl Report {
 
     /// Why it has not passed.
     fn mismatch(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(nearness) = self.weights.as_ref().filter(|nearness| !nearness.passed) {
+            return write!(
+                f,
+                "{} of the quantised weights is {:.2} of its length from the checkpoint's (within {})",
+                nearness.worst.as_deref().unwrap_or("a row"),
+                nearness.max_row_error,
+                nearness.bound
+            );
+        }
         if let Some(divergence) = &self.first_divergence {
             return write!(f, "{divergence}");
         }
@@ -228,6 +247,9 @@ impl Report {
 /// One line per case, one per listed tie, and last the verdict.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(nearness) = &self.weights {
+            writeln!(f, "{nearness}")?;
+        }
         for case in &self.cases {
             writeln!(f, "{case}")?;
         }
