@@ -14,6 +14,7 @@ pub mod onnx;
 pub mod packed;
 pub mod plan;
 pub mod profile;
+pub mod quality;
 pub mod readback;
 mod report;
 pub mod rope;

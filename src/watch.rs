@@ -67,6 +67,30 @@ impl Watched {
         runtime: &Runtime,
         options: &session::Options,
     ) -> Result<Self, Error> {
+        Self::load(artifact, &artifact.read(names::MODEL)?, runtime, options)
+    }
+
+    /// As [`Watched::open`], no product of which rounds activations, whatever the artifact allows:
+    /// what its codes are compared by.
+    ///
+    /// # Errors
+    ///
+    /// As [`Watched::open`].
+    pub fn open_exact(
+        artifact: &Artifact,
+        runtime: &Runtime,
+        options: &session::Options,
+    ) -> Result<Self, Error> {
+        let model = proto::exact(&artifact.read(names::MODEL)?)?;
+        Self::load(artifact, &model, runtime, options)
+    }
+
+    fn load(
+        artifact: &Artifact,
+        model: &[u8],
+        runtime: &Runtime,
+        options: &session::Options,
+    ) -> Result<Self, Error> {
         if artifact.manifest.options.dtype == DType::BF16 && options.provider == Provider::Cpu {
             return Err(Error::NoBf16(artifact.directory.clone()));
         }
@@ -79,7 +103,7 @@ impl Watched {
                 shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(2 * router.modules.len())],
             })
             .collect();
-        let bytes = proto::with_outputs(&artifact.read(names::MODEL)?, &outputs)?;
+        let bytes = proto::with_outputs(model, &outputs)?;
         let session = Session::from_bytes(runtime, &bytes, &artifact.directory, options)?;
         let manifest = &artifact.manifest;
         let emitted = manifest.options.emit_routing;

@@ -7,5 +7,6 @@ mod end_to_end;
 mod errors;
 mod import;
 mod oracle;
+mod precision;
 mod runtime;
 mod verification;

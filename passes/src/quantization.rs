@@ -74,6 +74,11 @@ impl AccuracyLevel {
     /// Every level, by number.
     pub const ALL: [Self; 5] = [Self::Unset, Self::F32, Self::F16, Self::BF16, Self::Int8];
 
+    /// Whether a product may round below `f32`.
+    pub const fn rounds(self) -> bool {
+        !matches!(self, Self::Unset | Self::F32)
+    }
+
     /// The number.
     pub const fn number(self) -> u8 {
         match self {

@@ -111,6 +111,29 @@ pub fn with_outputs(bytes: &[u8], extra: &[Value]) -> Result<Vec<u8>, Error> {
     serialise(&model)
 }
 
+/// The same model, no product of which may round activations: accuracy level 0.
+///
+/// `bytes` must be a file that [`encode`] wrote: compare its hash with the manifest's first.
+///
+/// # Errors
+///
+/// [`Error::Protobuf`] if it is no model file.
+pub fn exact(bytes: &[u8]) -> Result<Vec<u8>, Error> {
+    fn rewrite(graph: &mut GraphProto) {
+        for attribute in graph.node.iter_mut().flat_map(|node| &mut node.attribute) {
+            if attribute.name == "accuracy_level" {
+                attribute.i = 0;
+            }
+            if let Some(branch) = attribute.g.as_mut() {
+                rewrite(branch);
+            }
+        }
+    }
+    let mut model = ModelProto::parse_from_bytes(bytes)?;
+    rewrite(model.graph.mut_or_insert_default());
+    serialise(&model)
+}
+
 /// Where the external initializers of a model file lie, by name.
 ///
 /// `bytes` must be a file that [`encode`] wrote: compare its hash with the manifest's first.
