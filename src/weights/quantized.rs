@@ -72,7 +72,7 @@ fn write_on(
     for start in (0..total).step_by(step * threads) {
         let end = (start + step * threads).min(total);
         let shares = (start..end).step_by(step).map(|first| first..(first + step).min(end));
-        for rows in each(shares.collect(), &quantise) {
+        for rows in each(&shares.collect::<Vec<_>>(), &quantise) {
             let Rows { codes, sides } = rows?;
             sink.write_all(&codes).map_err(Error::Write)?;
             all.scales.extend(sides.scales);
@@ -83,7 +83,7 @@ fn write_on(
 }
 
 /// `work` done for each of `shares`, side by side; the last on this thread.
-fn each<T: Send>(shares: Vec<Range<usize>>, work: &(impl Fn(Range<usize>) -> T + Sync)) -> Vec<T> {
+fn each<T: Send>(shares: &[Range<usize>], work: &(impl Fn(Range<usize>) -> T + Sync)) -> Vec<T> {
     let Some((last, others)) = shares.split_last() else { return Vec::new() };
     thread::scope(|scope| {
         let others: Vec<_> = others

@@ -48,15 +48,18 @@ fn inverse(scale: f32) -> f32 {
 pub(super) fn encode(values: &[f32], fit: Fit, bits: Bits, codes: &mut [f32]) {
     let (inverse, highest) = (inverse(fit.scale), f32::from(bits.highest()));
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = nearest(value * inverse + fit.zero).clamp(0.0, highest);
+        *code = code_of(value * inverse + fit.zero, highest);
     }
 }
 
-/// The nearest whole number, ties to even, of anything that is cut to a code afterwards: adding
-/// 1.5 · 2²³ leaves no bit for a fraction. Unlike [`f32::round_ties_even`], vectors can do it.
-fn nearest(x: f32) -> f32 {
+/// The code nearest to `x`, ties to even: adding 1.5 · 2²³ leaves no bit for a fraction. Unlike
+/// [`f32::round_ties_even`] and [`f32::clamp`], vectors can do all of it.
+#[inline]
+fn code_of(x: f32, highest: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
-    (x.clamp(-1024.0, 1024.0) + SHIFT) - SHIFT
+    let x = if x > 0.0 { x } else { 0.0 };
+    let x = if x < highest { x } else { highest };
+    (x + SHIFT) - SHIFT
 }
 
 /// The element farthest from 0, with its sign.
@@ -90,7 +93,7 @@ fn asymmetric((low, high): (f32, f32), bits: Bits, stretch: f32) -> Fit {
     let highest = f32::from(bits.highest());
     let scale = (high - low) / (highest + stretch);
     // Where the range is narrowed, it is narrowed on both sides.
-    let zero = nearest(-low * inverse(scale) - stretch / 2.0).clamp(0.0, highest);
+    let zero = code_of(-low * inverse(scale) - stretch / 2.0, highest);
     Fit { scale, zero }
 }
 
@@ -179,7 +182,7 @@ impl<'a> Weighted<'a> {
         let products = self.products.as_chunks::<LANES>().0.iter();
         for ((v, w), p) in lanes.zip(weights).zip(products) {
             for i in 0..LANES {
-                let d = nearest(v[i] * inverse + zero).clamp(0.0, highest) - zero;
+                let d = code_of(v[i] * inverse + zero, highest) - zero;
                 value[i] += p[i] * d;
                 square[i] += w[i] * d * d;
             }
