@@ -123,7 +123,7 @@ pub(crate) fn export_as(
             prune_below: None,
             always_above: None,
         },
-        min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
+        min_onnxruntime: onnx::minimum_onnxruntime(&graph),
     };
     artifact::write(&request, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
     let artifact = artifact::open(&output).unwrap();

@@ -116,6 +116,19 @@ fn embedding_and_head_stay_floats_where_planned() {
 }
 
 #[test]
+fn the_oldest_runtime_follows_from_the_operators() {
+    for (bits, embedding, oldest) in
+        [(Bits::Four, true, "1.23"), (Bits::Eight, false, "1.22"), (Bits::Four, false, "1.20")]
+    {
+        let scheme = Scheme { bits, ..SCHEME };
+        let quantization = Quantization { scheme, embedding, head: true };
+        let exported = quantised("llama-gqa", Dispatch::Masked, quantization);
+        let graph = exported.artifact.manifest.graph.as_ref().unwrap();
+        assert_eq!(graph.min_onnxruntime, oldest);
+    }
+}
+
+#[test]
 fn routers_are_never_quantised() {
     let exported = quantised("llama-gqa", Dispatch::Conditional, all(SCHEME));
     let scores = exported.graph.lines().filter(|line| line.contains(".router.scores = "));

@@ -152,7 +152,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                     plan: &plan,
                     passes: &names,
                     options: recorded(arguments),
-                    min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
+                    min_onnxruntime: onnx::minimum_onnxruntime(&graph),
                 },
                 &mut progress,
             )?;
