@@ -41,7 +41,7 @@ pub struct Request<'a> {
 }
 
 /// A model as imported, and where its tensors lie.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     /// In [`ir::Phase::Imported`], validated.
     pub model: ir::Model,

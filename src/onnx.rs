@@ -12,6 +12,7 @@ pub mod graph;
 mod lower;
 mod mlp;
 pub mod proto;
+mod quantized;
 mod router;
 mod stream;
 mod text;
@@ -23,10 +24,25 @@ pub use router::{RouterScores, router_scores};
 use skipgpt_passes::ir::{DType, Phase};
 use skipgpt_passes::validate::Validated;
 
-use graph::Graph;
+use graph::{Attribute, Graph};
 
-/// The oldest ONNX Runtime that runs what is emitted here.
+/// The oldest ONNX Runtime that runs what is emitted here, quantised weights apart.
 pub const MINIMUM_ONNXRUNTIME: &str = "1.20";
+
+/// The oldest ONNX Runtime that runs `graph` on a CPU: [`MINIMUM_ONNXRUNTIME`], or later where
+/// weights are quantised. Tried with 1.20.1, 1.22.1 and 1.23.2.
+pub fn minimum_onnxruntime(graph: &Graph) -> &'static str {
+    let nodes = graph.all_nodes();
+    let eight = |node: &graph::Node| node.attributes.contains(&("bits", Attribute::Int(8)));
+    if nodes.iter().any(|node| node.op == "GatherBlockQuantized") {
+        // Codes in bytes.
+        "1.23"
+    } else if nodes.iter().any(|node| node.op == "MatMulNBits" && eight(node)) {
+        "1.22"
+    } else {
+        MINIMUM_ONNXRUNTIME
+    }
+}
 
 /// What the caller may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

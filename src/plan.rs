@@ -1,7 +1,7 @@
 //! From what was asked for to a [`Plan`]: everything the passes are told.
 
 use skipgpt_passes::ir::{Config, Dispatch};
-use skipgpt_passes::plan::Plan;
+use skipgpt_passes::plan::{Plan, Quantization};
 
 use crate::profile::{PlanError, Profile};
 
@@ -12,6 +12,8 @@ pub struct Choices {
     /// around attention, whose core would run for skipped tokens too, and gathered MLP rows, which
     /// cost less than a branch (`docs/lowering.md` has the numbers).
     pub dispatch: Option<Dispatch>,
+    /// Which weights are stored in few bits, and how.
+    pub quantization: Option<Quantization>,
     /// Whether weights may be rearranged: not when they are shared with the checkpoint.
     pub rearrange: bool,
     /// Remove modules kept at most this often.
@@ -37,7 +39,7 @@ pub enum Error {
 ///
 /// [`Error`] if thresholds are out of range, or the profile is missing or of another model.
 pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Result<Plan, Error> {
-    let Choices { dispatch, rearrange, prune_below, always_above } = choices;
+    let Choices { dispatch, quantization, rearrange, prune_below, always_above } = choices;
     let mut plan = Plan {
         removed: Vec::new(),
         always: Vec::new(),
@@ -45,6 +47,7 @@ pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Re
         // One product of twice the width and a copy that splits it again: no faster than two
         // products at one token, slower at many.
         fuse_gate_up: false,
+        quantization,
         attention_dispatch: dispatch.unwrap_or(Dispatch::Conditional),
         mlp_dispatch: dispatch.unwrap_or(Dispatch::Gathered),
     };

@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 use skipgpt_passes::ir::{DType, Stored};
 
+use crate::packed;
+
 /// Every tensor a model's weights may name.
 #[derive(Debug, Default, Clone)]
 pub struct Sources {
@@ -29,6 +31,7 @@ struct Tensor {
 enum Bytes {
     File { file: Arc<File>, path: Arc<PathBuf>, offset: u64 },
     Memory(Arc<[u8]>),
+    Packed { file: Arc<File>, path: Arc<PathBuf>, place: packed::Place },
 }
 
 /// Why a tensor could not be read.
@@ -92,6 +95,17 @@ impl Sources {
         self.insert(stored, Bytes::File { file, path, offset })
     }
 
+    /// Adds a matrix that lies in `file` in few bits; it reads as `f32`.
+    pub fn insert_packed(
+        &mut self,
+        stored: Stored,
+        file: Arc<File>,
+        path: Arc<PathBuf>,
+        place: packed::Place,
+    ) -> Result<(), Error> {
+        self.insert(stored, Bytes::Packed { file, path, place })
+    }
+
     /// Adds a tensor held in memory, little-endian and row-major.
     pub fn insert_memory(&mut self, stored: Stored, bytes: Arc<[u8]>) -> Result<(), Error> {
         self.insert(stored, Bytes::Memory(bytes))
@@ -122,7 +136,7 @@ impl Sources {
             Bytes::File { path, offset, .. } => {
                 Some(Location { path, offset: *offset, length: size(&tensor.stored) })
             }
-            Bytes::Memory(_) => None,
+            Bytes::Memory(_) | Bytes::Packed { .. } => None,
         }
     }
 
@@ -149,6 +163,14 @@ impl Sources {
             Bytes::Memory(bytes) => {
                 buffer.copy_from_slice(&bytes[start as usize..end as usize]);
                 Ok(())
+            }
+            Bytes::Packed { file, path, place } => {
+                let columns = tensor.stored.shape.iter().skip(1).product();
+                place.read(file, columns, start, buffer).map_err(|source| Error::Read {
+                    path: path.as_ref().clone(),
+                    name: name.to_owned(),
+                    source,
+                })
             }
         }
     }

@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::DType;
+use skipgpt_passes::quantization::Scheme;
 
 /// How far a value may stand from the reference's.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -58,13 +59,13 @@ const TABLE: [(DType, Tolerances); 3] = [
     (
         DType::F16,
         Tolerances {
-            logits: Tolerance { atol: 2e-2, rtol: 1e-2 },
-            cache: Tolerance { atol: 2e-2, rtol: 1e-2 },
-            layer: Tolerance { atol: 2e-2, rtol: 1e-2 },
+            logits: Tolerance { atol: 5e-2, rtol: 2e-2 },
+            cache: Tolerance { atol: 5e-2, rtol: 5e-2 },
+            layer: Tolerance { atol: 5e-2, rtol: 5e-2 },
             tie_margin: 5e-2,
             tie_share: 1e-2,
-            token_gap: 0.1,
-            log_prob: 0.1,
+            token_gap: 0.3,
+            log_prob: 0.3,
         },
     ),
     (
@@ -81,7 +82,33 @@ const TABLE: [(DType, Tolerances); 3] = [
     ),
 ];
 
+/// The bounds of artifacts with matrices in few bits that compute in `f32`: as theirs, but for the
+/// worse condition of a model whose weights are coarse.
+const FEW_BITS: Tolerances = Tolerances {
+    logits: Tolerance { atol: 1e-3, rtol: 5e-4 },
+    cache: Tolerance { atol: 1e-3, rtol: 5e-4 },
+    layer: Tolerance { atol: 1e-3, rtol: 5e-4 },
+    tie_margin: 2e-3,
+    tie_share: 2e-3,
+    token_gap: 5e-3,
+    log_prob: 5e-3,
+};
+
+/// How far the logits of a place may stand from the reference's, as a share of their length as a
+/// vector and in the mean over places, where products round activations to 8 bits and the
+/// reference's do not. Rounding errs by about a hundredth; depth makes more of it.
+pub const ROUNDED_LOGITS: f64 = 0.25;
+
 impl Tolerances {
+    /// The bounds for artifacts that compute in `dtype`, with matrices in few bits where there is
+    /// a `scheme`, and activations that no product rounds.
+    pub fn with_scheme(dtype: DType, scheme: Option<&Scheme>) -> Self {
+        match (dtype, scheme) {
+            (DType::F32, Some(_)) => FEW_BITS,
+            _ => Self::of(dtype),
+        }
+    }
+
     /// The bounds for artifacts that compute in `dtype`.
     pub const fn of(dtype: DType) -> Self {
         let row = match dtype {

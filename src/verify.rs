@@ -26,9 +26,9 @@ use std::time::Instant;
 
 use skipgpt_passes::ir::DType;
 
-pub use self::cases::draw;
+pub use self::cases::{draw, drawn};
 pub use self::place::{Divergence, Tie};
-pub use self::report::{CaseReport, Greedy, GreedyDifference, Report, Ties};
+pub use self::report::{CaseReport, Greedy, GreedyDifference, Report, Rounding, Ties};
 pub use self::stats::{Decisions, Stats};
 use crate::decoder::{Decoder, Follow};
 use crate::tolerance::Tolerances;

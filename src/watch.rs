@@ -3,6 +3,8 @@
 //! Every router's scores are values of the main graph, whatever the dispatch. The model file is
 //! loaded from memory with those values as further outputs; the weights are the artifact's own.
 
+use std::path::PathBuf;
+
 use ndarray::{Array3, ArrayD, Axis};
 use skipgpt_passes::ir::DType;
 
@@ -11,6 +13,7 @@ use crate::artifact::{self, Artifact, names};
 use crate::decoder::{CacheEntry, Decoder, Input, Output, Peek, Routing};
 use crate::onnx::graph::{Dim, Element, Value};
 use crate::onnx::proto;
+use crate::runtime::session::Provider;
 use crate::runtime::{self, OnnxDecoder, Runtime, Session, session};
 
 /// Why an artifact could not be watched or run.
@@ -19,6 +22,12 @@ pub enum Error {
     /// The model file is not the one that was exported.
     #[error(transparent)]
     Artifact(#[from] artifact::Error),
+    /// The provider cannot compute in the artifact's dtype.
+    #[error(
+        "{}: ONNX Runtime's CPU provider has no bf16 MatMul; run it with --provider cuda, or export --dtype f16 or f32",
+        .0.display()
+    )]
+    NoBf16(PathBuf),
     /// The model file could not be given further outputs.
     #[error(transparent)]
     Proto(#[from] proto::Error),
@@ -58,6 +67,33 @@ impl Watched {
         runtime: &Runtime,
         options: &session::Options,
     ) -> Result<Self, Error> {
+        Self::load(artifact, &artifact.read(names::MODEL)?, runtime, options)
+    }
+
+    /// As [`Watched::open`], no product of which rounds activations, whatever the artifact allows:
+    /// what its codes are compared by.
+    ///
+    /// # Errors
+    ///
+    /// As [`Watched::open`].
+    pub fn open_exact(
+        artifact: &Artifact,
+        runtime: &Runtime,
+        options: &session::Options,
+    ) -> Result<Self, Error> {
+        let model = proto::exact(&artifact.read(names::MODEL)?)?;
+        Self::load(artifact, &model, runtime, options)
+    }
+
+    fn load(
+        artifact: &Artifact,
+        model: &[u8],
+        runtime: &Runtime,
+        options: &session::Options,
+    ) -> Result<Self, Error> {
+        if artifact.manifest.options.dtype == DType::BF16 && options.provider == Provider::Cpu {
+            return Err(Error::NoBf16(artifact.directory.clone()));
+        }
         let routers = artifact.manifest.routing.routers.clone();
         let outputs: Vec<Value> = routers
             .iter()
@@ -67,7 +103,7 @@ impl Watched {
                 shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(2 * router.modules.len())],
             })
             .collect();
-        let bytes = proto::with_outputs(&artifact.read(names::MODEL)?, &outputs)?;
+        let bytes = proto::with_outputs(model, &outputs)?;
         let session = Session::from_bytes(runtime, &bytes, &artifact.directory, options)?;
         let manifest = &artifact.manifest;
         let emitted = manifest.options.emit_routing;

@@ -168,6 +168,19 @@ fn window(
             round(&mut out[start..], *dtype);
             Ok(())
         }
+        Weight::Quantized { of, scheme } => {
+            let width = of.columns();
+            if columns == (0..width) {
+                return quantized::values(of, rows, scheme, sources, out);
+            }
+            // Blocks are cut from whole rows.
+            let mut whole = Vec::with_capacity(rows.len() * width);
+            quantized::values(of, rows, scheme, sources, &mut whole)?;
+            for row in whole.chunks_exact(width) {
+                out.extend_from_slice(&row[columns.clone()]);
+            }
+            Ok(())
+        }
     }
 }
 
@@ -255,6 +268,7 @@ fn add_lora(
     Ok(())
 }
 
+pub mod quantized;
 mod raw;
 #[cfg(test)]
 mod tests;

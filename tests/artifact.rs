@@ -32,6 +32,7 @@ fn lower(checkpoint: &Checkpoint, fuse: bool) -> Result<(Model, Graph, Plan)> {
         always: vec![],
         fuse_key_value: fuse,
         fuse_gate_up: fuse,
+        quantization: None,
         attention_dispatch: Dispatch::Conditional,
         mlp_dispatch: Dispatch::Conditional,
     };

@@ -32,6 +32,7 @@ fn every_phase(imported: &Model) -> Vec<(String, Model)> {
             always: Vec::new(),
             fuse_key_value: fuse,
             fuse_gate_up: fuse,
+            quantization: None,
             attention_dispatch: dispatch,
             mlp_dispatch: dispatch,
         };

@@ -17,6 +17,7 @@ use skipgpt_export::runtime::{Runtime, Version, session};
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
 use skipgpt_passes::ir::{DType, Dispatch, Model, ModuleKind};
+use skipgpt_passes::plan::Quantization;
 use skipgpt_passes::{PASSES, validate};
 use tempfile::TempDir;
 
@@ -24,7 +25,7 @@ use crate::oracle::{ATOL, CASES, Expected, fixture};
 
 /// What of a fixture is exported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Variant {
+pub(crate) enum Variant {
     Dense,
     Routed,
     RoutedLora,
@@ -32,7 +33,7 @@ enum Variant {
 
 impl Variant {
     /// What the oracle computed for the case.
-    fn all(case: &str) -> Vec<Self> {
+    pub(crate) fn all(case: &str) -> Vec<Self> {
         let lora = fixture(case).join("adapter").exists();
         let mut all = vec![Self::Dense, Self::Routed];
         all.extend(lora.then_some(Self::RoutedLora));
@@ -64,19 +65,31 @@ impl Variant {
 const DISPATCHES: [Dispatch; 3] = [Dispatch::Masked, Dispatch::Gathered, Dispatch::Conditional];
 
 /// An artifact in a directory of its own.
-struct Exported {
+pub(crate) struct Exported {
     _directory: TempDir,
-    artifact: Artifact,
-    checkpoint: Checkpoint,
+    pub(crate) artifact: Artifact,
+    pub(crate) checkpoint: Checkpoint,
     /// The IR as imported and after every pass.
     stages: Vec<(String, Model)>,
-    graph: String,
+    pub(crate) graph: String,
 }
 
 fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Exported {
+    export_as(case, variant, dispatch, link, (DType::F32, None))
+}
+
+/// As [`export`], in another precision.
+pub(crate) fn export_as(
+    case: &str,
+    variant: Variant,
+    dispatch: Dispatch,
+    link: bool,
+    (dtype, quantization): (DType, Option<Quantization>),
+) -> Exported {
     let checkpoint = variant.read(case);
     let choices = Choices {
         dispatch: Some(dispatch),
+        quantization,
         rearrange: !link,
         prune_below: None,
         always_above: None,
@@ -88,7 +101,7 @@ fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Expor
         stages.push((format!("{:02}-{}", stages.len(), pass.name()), model.clone()));
     })
     .unwrap();
-    let options = onnx::Options { dtype: DType::F32, emit_routing: false };
+    let options = onnx::Options { dtype, emit_routing: false };
     let graph = onnx::lower(validate(&model).unwrap(), options).unwrap();
     let directory = TempDir::new().unwrap();
     let output = directory.path().join("artifact");
@@ -103,14 +116,14 @@ fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Expor
         passes: &names,
         options: manifest::Options {
             format: manifest::Format::Onnx,
-            dtype: DType::F32,
+            dtype,
             weights: if link { manifest::Weights::Link } else { manifest::Weights::Copy },
             dispatch: Some(dispatch),
             emit_routing: false,
             prune_below: None,
             always_above: None,
         },
-        min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
+        min_onnxruntime: onnx::minimum_onnxruntime(&graph),
     };
     artifact::write(&request, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
     let artifact = artifact::open(&output).unwrap();
@@ -119,10 +132,17 @@ fn export(case: &str, variant: Variant, dispatch: Dispatch, link: bool) -> Expor
 }
 
 impl Exported {
-    fn open(&self) -> Watched {
+    pub(crate) fn open(&self) -> Watched {
         let runtime = Runtime::find(None, Version::OLDEST).unwrap();
         let options = session::Options { threads: Some(2), ..session::Options::default() };
         Watched::open(&self.artifact, &runtime, &options).unwrap()
+    }
+
+    /// As [`Exported::open`], without rounding of activations.
+    pub(crate) fn open_exact(&self) -> Watched {
+        let runtime = Runtime::find(None, Version::OLDEST).unwrap();
+        let options = session::Options { threads: Some(2), ..session::Options::default() };
+        Watched::open_exact(&self.artifact, &runtime, &options).unwrap()
     }
 }
 

@@ -9,6 +9,7 @@ mod errors;
 mod eval;
 mod import;
 mod oracle;
+mod precision;
 mod runtime;
 mod train;
 mod verification;

@@ -38,6 +38,7 @@ fn lowered(imported: &Model, dispatch: Dispatch, always: Vec<ModuleId>) -> Model
         always,
         fuse_key_value: true,
         fuse_gate_up: true,
+        quantization: None,
         attention_dispatch: dispatch,
         mlp_dispatch: dispatch,
     };

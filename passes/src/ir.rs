@@ -9,6 +9,8 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::quantization::Scheme;
+
 /// How far a model is lowered. Each phase forbids, from there on, what its doc says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
@@ -355,6 +357,14 @@ pub enum Weight {
         /// What they are rounded to.
         dtype: DType,
     },
+    /// A matrix in few bits. Stands only as the whole weight of a projection, of the head or of the
+    /// embedding.
+    Quantized {
+        /// The values, `[out, in]`.
+        of: Box<Weight>,
+        /// How they are stored.
+        scheme: Scheme,
+    },
 }
 
 impl Weight {
@@ -386,7 +396,7 @@ impl Weight {
                 shape.reverse();
                 shape
             }
-            Self::Cast { of, .. } => of.shape(),
+            Self::Cast { of, .. } | Self::Quantized { of, .. } => of.shape(),
         }
     }
 
@@ -414,7 +424,7 @@ impl Weight {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Stored(stored) => stored.dtype,
-            Self::Merged { .. } => DType::F32,
+            Self::Merged { .. } | Self::Quantized { .. } => DType::F32,
             Self::Concat(parts) | Self::BlockDiagonal(parts) => {
                 let mut dtypes = parts.iter().map(Self::dtype);
                 let first = dtypes.next().unwrap_or(DType::F32);
@@ -437,7 +447,10 @@ impl Weight {
             Self::Concat(parts) | Self::BlockDiagonal(parts) => {
                 parts.iter().flat_map(Self::stored).collect()
             }
-            Self::Slice { of, .. } | Self::Transpose(of) | Self::Cast { of, .. } => of.stored(),
+            Self::Slice { of, .. }
+            | Self::Transpose(of)
+            | Self::Cast { of, .. }
+            | Self::Quantized { of, .. } => of.stored(),
         }
     }
 }

@@ -12,9 +12,10 @@
 //! | [`cost`] | multiply-adds per token |
 //! | [`validate`](mod@validate) | the rules per phase, and the proof that a model obeys them |
 //! | [`plan`] | what the passes are told |
+//! | [`quantization`] | how a matrix is stored in few bits |
 //! | [`pass`] | what a pass is, and the driver |
 //! | [`registry`] | the one table of passes |
-//! | [`merge_lora`], [`freeze_routers`], [`prune_modules`], [`fuse_projections`], [`lower_routers`] | the passes, in order |
+//! | [`merge_lora`], [`freeze_routers`], [`prune_modules`], [`fuse_projections`], [`quantize`], [`lower_routers`] | the passes, in order |
 //!
 //! From a model as read to one a back end takes:
 //!
@@ -54,6 +55,8 @@ pub mod pass;
 pub mod plan;
 mod print;
 pub mod prune_modules;
+pub mod quantization;
+pub mod quantize;
 pub mod registry;
 #[cfg(test)]
 mod testing;

@@ -80,6 +80,12 @@ pub enum Unsupported {
         /// The layer's index.
         layer: usize,
     },
+    /// The plan quantises in blocks of a length that no operator takes.
+    #[error("the plan quantises in blocks of {block}; a block has 16, 32, 64, 128 or 256 elements")]
+    Block {
+        /// The length.
+        block: usize,
+    },
     /// Of a layer's two routers, one has a bias and the other has none.
     #[error(
         "layers.{layer}: only one of the two routers has a bias on `{linear}`; they cannot be one \
@@ -229,6 +235,7 @@ mod tests {
                     "freeze-routers Frozen",
                     "prune-modules Frozen",
                     "fuse-projections Fused",
+                    "quantize Fused",
                     "lower-routers Lowered"
                 ]
             );
@@ -295,6 +302,7 @@ mod tests {
             Unsupported::NoAttentionLeft,
             Unsupported::MixedRouters { layer: 3 },
             Unsupported::OneRouterBias { layer: 3, linear: "hidden" },
+            Unsupported::Block { block: 24 },
         ];
         let lines: Vec<_> = refusals.iter().map(|refusal| format!("{refusal}\n")).collect();
         expect![[r#"
@@ -303,6 +311,7 @@ mod tests {
             the plan removes every attention module, and a decoder needs one cache; keep at least one
             layers.3: one router is linear and the other has two layers; they cannot be one matrix, so export routers of one form
             layers.3: only one of the two routers has a bias on `hidden`; they cannot be one matrix, so give the other a bias of zeros
+            the plan quantises in blocks of 24; a block has 16, 32, 64, 128 or 256 elements
         "#]].assert_eq(&lines.concat());
         let (pass, needs, got) = ("merge-lora", Phase::Imported, Phase::Merged);
         expect!["merge-lora runs on Imported models; this one is Merged"]

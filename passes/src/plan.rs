@@ -5,6 +5,7 @@
 //! manifest, so that an export can be repeated from it.
 
 use crate::ir::{Dispatch, ModuleId};
+use crate::quantization::Scheme;
 
 /// Every decision the passes apply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,8 +18,21 @@ pub struct Plan {
     pub fuse_key_value: bool,
     /// Whether gate and up become one projection.
     pub fuse_gate_up: bool,
+    /// Which weights are stored in few bits, and how; `None` for none.
+    pub quantization: Option<Quantization>,
     /// How routed attention modules skip.
     pub attention_dispatch: Dispatch,
     /// How routed MLP modules skip.
     pub mlp_dispatch: Dispatch,
+}
+
+/// Which weights are stored in few bits, and how. Projections always are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quantization {
+    /// How.
+    pub scheme: Scheme,
+    /// Whether the embedding is.
+    pub embedding: bool,
+    /// Whether the head is.
+    pub head: bool,
 }

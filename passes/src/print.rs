@@ -190,6 +190,7 @@ impl Display for Weight {
             Self::BlockDiagonal(parts) => list(f, "blockdiag", parts),
             Self::Transpose(of) => write!(f, "transpose({of})"),
             Self::Cast { of, dtype } => write!(f, "{dtype}({of})"),
+            Self::Quantized { of, scheme } => write!(f, "quantized({scheme}, {of})"),
         }
     }
 }

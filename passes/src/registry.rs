@@ -6,10 +6,11 @@ use crate::lower_routers::LowerRouters;
 use crate::merge_lora::MergeLora;
 use crate::pass::Pass;
 use crate::prune_modules::PruneModules;
+use crate::quantize::Quantize;
 
 /// Every pass, in the order they run. Each takes the phase the one before it leaves.
 pub const PASSES: &[&dyn Pass] =
-    &[&MergeLora, &FreezeRouters, &PruneModules, &FuseProjections, &LowerRouters];
+    &[&MergeLora, &FreezeRouters, &PruneModules, &FuseProjections, &Quantize, &LowerRouters];
 
 /// A name that no pass has: what the user typed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

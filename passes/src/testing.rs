@@ -137,6 +137,7 @@ pub(crate) fn plan() -> Plan {
         always: Vec::new(),
         fuse_key_value: true,
         fuse_gate_up: true,
+        quantization: None,
         attention_dispatch: Dispatch::Conditional,
         mlp_dispatch: Dispatch::Conditional,
     }
@@ -268,7 +269,7 @@ pub(crate) fn evaluate(weight: &Weight) -> Vec<Vec<f64>> {
             let of = evaluate(of);
             (0..of[0].len()).map(|column| of.iter().map(|row| row[column]).collect()).collect()
         }
-        Weight::Cast { of, .. } => evaluate(of),
+        Weight::Cast { of, .. } | Weight::Quantized { of, .. } => evaluate(of),
     }
 }
 

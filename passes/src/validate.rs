@@ -12,6 +12,8 @@
 //! - *Weight expressions.* `concat` has parts that agree in all but their rows, `blockdiag` has
 //!   parts and each is a matrix, a slice lies inside its whole and is not empty, `transpose` and
 //!   merges are of matrices.
+//! - *Quantised weights.* Only whole weights of projections, head and embedding are quantised, each
+//!   a matrix, in blocks of a length that operators take.
 //! - *Tensors.* Two stored tensors of one name have one shape and one dtype.
 //! - *Shared routers.* One or two decisions; `2 · decisions` rows; each decision is used by exactly
 //!   one module of the layer.
@@ -19,7 +21,7 @@
 //!   [`Phase::Merged`], noise from [`Phase::Frozen`], a module's own router on the layer input from
 //!   [`Phase::Fused`], routed modules without a dispatch from [`Phase::Lowered`]. And what a phase
 //!   introduces is absent before it: merged weights before [`Phase::Merged`]; shared routers, fused
-//!   projections, `concat` and `blockdiag` before [`Phase::Fused`]; a dispatch before
+//!   projections, `concat`, `blockdiag` and quantised weights before [`Phase::Fused`]; a dispatch before
 //!   [`Phase::Lowered`].
 
 mod layers;
@@ -168,6 +170,16 @@ pub enum Rule {
         end: usize,
         /// How many the whole has.
         rows: usize,
+    },
+    /// A quantised weight where only plain ones may stand: in a router, a norm, a bias, or inside
+    /// another expression.
+    #[error("is quantised; only whole weights of projections, head and embedding may be")]
+    MisplacedQuantized,
+    /// A block of a length that no operator takes.
+    #[error("a block of {block} elements; expected 16, 32, 64, 128 or 256")]
+    Block {
+        /// The length.
+        block: usize,
     },
     /// One name, two tensors.
     #[error("%{name} is [{}] {dtype} here and [{}] {} before", Shape(.shape), Shape(&.before.0), .before.1)]

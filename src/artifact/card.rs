@@ -41,7 +41,7 @@ fn write_card(text: &mut String, manifest: &Manifest) -> fmt::Result {
         model.head_dim,
         model.vocab_size,
         model.max_position_embeddings,
-        manifest.options.dtype
+        manifest.precision()
     )?;
     routing(text, manifest)?;
     if let Some(graph) = &manifest.graph {

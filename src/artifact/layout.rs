@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use skipgpt_passes::ir::{Stored, Weight};
 
 use super::{Error, names};
-use crate::onnx::graph::{Element, Graph, Initializer, Placement};
+use crate::onnx::graph::{Data, Element, Graph, Initializer, Part, Placement, Quantized};
+use crate::packed;
 use crate::sources::{Location, Sources};
 
 /// Weights begin at multiples of this, so that a runtime can map each by itself.
@@ -20,7 +21,7 @@ pub struct Layout<'a> {
     /// By initializer name.
     pub placements: BTreeMap<String, Placement>,
     /// What `model.onnx.data` holds, in order, each at its offset.
-    pub written: Vec<(u64, &'a Initializer, &'a Weight)>,
+    pub written: Vec<Written<'a>>,
     /// Size of `model.onnx.data`; 0 if there is none.
     pub size: u64,
     /// Weights that stay where they are.
@@ -29,12 +30,39 @@ pub struct Layout<'a> {
     pub files: Vec<(PathBuf, String)>,
 }
 
+/// What `model.onnx.data` holds for one weight.
+#[derive(Debug, Clone, Copy)]
+pub enum Written<'a> {
+    /// A weight in the initializer's dtype.
+    Plain {
+        /// First byte.
+        offset: u64,
+        /// The first initializer that reads it.
+        initializer: &'a Initializer,
+        /// Its value.
+        weight: &'a Weight,
+    },
+    /// A matrix in few bits: codes, then scales, then zero points.
+    Quantized {
+        /// The initializer of the codes that was met first.
+        initializer: &'a Initializer,
+        /// The matrix.
+        weight: &'a Weight,
+        /// Where its parts lie.
+        place: packed::Place,
+    },
+}
+
 impl<'a> Layout<'a> {
     /// Every weight in `model.onnx.data`; equal weights once.
     pub fn copy(graph: &'a Graph) -> Self {
         let mut layout = Self::default();
-        for (initializer, weight) in graph.weights() {
-            layout.write(initializer, weight);
+        for initializer in &graph.initializers {
+            match &initializer.data {
+                Data::Inline(_) => {}
+                Data::Weight(weight) => layout.write(initializer, weight),
+                Data::Quantized(quantized) => layout.write_quantized(initializer, quantized),
+            }
         }
         layout
     }
@@ -48,6 +76,11 @@ impl<'a> Layout<'a> {
     pub fn link(graph: &'a Graph, sources: &Sources) -> Result<Self, Error> {
         let mut layout = Self::default();
         let mut changed = Vec::new();
+        let is_quantized = |tensor: &&Initializer| matches!(tensor.data, Data::Quantized(_));
+        if let Some(initializer) = graph.initializers.iter().find(is_quantized) {
+            let (name, reason) = (initializer.name.clone(), Unlinkable::Quantized);
+            return Err(Error::Unlinkable { name, reason });
+        }
         for (initializer, weight) in graph.weights() {
             match linkable(initializer, weight, sources) {
                 Ok(location) => {
@@ -76,19 +109,63 @@ impl<'a> Layout<'a> {
     }
 
     fn write(&mut self, initializer: &'a Initializer, weight: &'a Weight) {
-        let same = self.written.iter().find(|(_, other, other_weight)| {
-            other.element == initializer.element && *other_weight == weight
+        let same = self.written.iter().find_map(|written| match written {
+            Written::Plain { offset, initializer: other, weight: other_weight } => {
+                let same = other.element == initializer.element && *other_weight == weight;
+                same.then_some(*offset)
+            }
+            Written::Quantized { .. } => None,
         });
-        let offset = if let Some((offset, ..)) = same {
-            *offset
-        } else {
-            let offset = self.size.next_multiple_of(PAGE);
-            self.size = offset + initializer.size();
-            self.written.push((offset, initializer, weight));
+        let offset = same.unwrap_or_else(|| {
+            let offset = self.reserve(initializer.size());
+            self.written.push(Written::Plain { offset, initializer, weight });
             offset
+        });
+        self.place(initializer, offset);
+    }
+
+    fn write_quantized(&mut self, initializer: &'a Initializer, quantized: &'a Quantized) {
+        let Quantized { weight, scheme, scales: dtype, part } = quantized;
+        let same = self.written.iter().find_map(|written| match written {
+            Written::Quantized { weight: other, place, .. } => {
+                let same = *other == weight && (place.scheme, place.dtype) == (*scheme, *dtype);
+                same.then_some(*place)
+            }
+            Written::Plain { .. } => None,
+        });
+        let place = same.unwrap_or_else(|| {
+            let (rows, columns) = (weight.rows() as u64, weight.columns());
+            let mut reserve = |bytes: usize| self.reserve(rows * bytes as u64);
+            let place = packed::Place {
+                scheme: *scheme,
+                dtype: *dtype,
+                codes: reserve(scheme.code_bytes(columns)),
+                scales: reserve(scheme.blocks(columns) * dtype.size()),
+                zeros: reserve(scheme.zero_bytes(columns)),
+            };
+            self.written.push(Written::Quantized { initializer, weight, place });
+            place
+        });
+        let offset = match part {
+            Part::Codes => place.codes,
+            Part::Scales => place.scales,
+            Part::Zeros => place.zeros,
         };
-        let place =
-            Placement { location: names::DATA.to_owned(), offset, length: initializer.size() };
+        self.place(initializer, offset);
+    }
+
+    /// The next page's offset, with room for so many bytes.
+    fn reserve(&mut self, bytes: u64) -> u64 {
+        let offset = self.size.next_multiple_of(PAGE);
+        if bytes > 0 {
+            self.size = offset + bytes;
+        }
+        offset
+    }
+
+    fn place(&mut self, initializer: &Initializer, offset: u64) {
+        let (location, length) = (names::DATA.to_owned(), initializer.size());
+        let place = Placement { location, offset, length };
         self.placements.insert(initializer.name.clone(), place);
     }
 
@@ -122,6 +199,9 @@ pub enum Unlinkable {
     /// It is an expression, not a tensor of the file.
     #[error("it is computed (merged, fused or transposed), not stored")]
     Computed,
+    /// It is in few bits.
+    #[error("it is quantised, and the checkpoint's is not")]
+    Quantized,
     /// Its elements would change.
     #[error("the checkpoint stores it in another dtype")]
     Cast,

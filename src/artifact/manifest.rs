@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::{self, DType, Dispatch, ModuleId};
-use skipgpt_passes::plan::Plan;
+use skipgpt_passes::plan::{Plan, Quantization};
 
 use super::{Error, names};
 use crate::inspect::Work;
@@ -18,6 +18,7 @@ use crate::onnx::graph::Graph;
 use crate::onnx::proto;
 
 mod plan;
+mod quantization;
 mod spelling;
 
 use plan::PlanDef;
@@ -269,6 +270,21 @@ impl GraphFacts {
 }
 
 impl Manifest {
+    /// What the weights are stored in, in words.
+    pub fn precision(&self) -> String {
+        let dtype = self.options.dtype;
+        let Some(Quantization { scheme, embedding, head }) = self.plan.quantization else {
+            return dtype.to_string();
+        };
+        let beside = match (embedding, head) {
+            (true, true) => "",
+            (true, false) => "head and ",
+            (false, true) => "embedding and ",
+            (false, false) => "embedding, head and ",
+        };
+        format!("{scheme}; {beside}norms, biases, hidden states and cache in {dtype}")
+    }
+
     /// The file's text.
     pub fn to_json(&self) -> Result<Vec<u8>, Error> {
         super::clients::json(names::MANIFEST, self)

@@ -105,6 +105,7 @@ pub(crate) fn plan() -> Plan {
         always: vec![ModuleId { layer: 0, kind: ModuleKind::Attention }],
         fuse_key_value: false,
         fuse_gate_up: false,
+        quantization: None,
         attention_dispatch: Dispatch::Gathered,
         mlp_dispatch: Dispatch::Conditional,
     }

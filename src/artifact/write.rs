@@ -10,7 +10,7 @@ use skipgpt_passes::plan::Plan;
 
 use super::clients::Generation;
 use super::hash::{Digest, InputHashes};
-use super::layout::Layout;
+use super::layout::{Layout, Written};
 use super::manifest::{self, FileRecord, GraphFacts, Manifest, ModelFacts, Options, Weights};
 use super::output::Output;
 use super::staging::{Open, Staging};
@@ -19,6 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::inspect::Work;
 use crate::onnx::graph::{Element, Graph, Initializer};
 use crate::onnx::proto;
+use crate::packed;
 use crate::sources::Sources;
 use crate::weights;
 
@@ -213,14 +214,21 @@ impl<'a> Files<'a> {
         }
         let mut output = self.staging.create(names::DATA)?;
         let failed = |error| self.staging.explain(names::DATA, error);
-        for (offset, initializer, weight) in &layout.written {
-            output.pad_to(*offset).map_err(failed)?;
-            let mut sink = Tracked::new(&mut output, tracker);
-            let result = evaluate(initializer, weight, sources, &mut sink);
-            match sink.failure() {
-                Some(error) => return Err(failed(error)),
-                None => result?,
-            }
+        for written in &layout.written {
+            let (Written::Plain { initializer, .. } | Written::Quantized { initializer, .. }) =
+                written;
+            let result = match *written {
+                Written::Plain { offset, weight, .. } => {
+                    output.pad_to(offset).map_err(failed)?;
+                    let mut sink = Tracked::new(&mut output, tracker);
+                    let result = evaluate(initializer, weight, sources, &mut sink);
+                    sink.failure().map_or(result, |error| Err(failed(error)))
+                }
+                Written::Quantized { weight, place, .. } => {
+                    quantise(initializer, weight, &place, sources, &mut output, tracker, &failed)
+                }
+            };
+            result?;
         }
         self.close(output)
     }
@@ -280,7 +288,7 @@ fn evaluate<W: Write>(
     // A weight in an integer initializer is a bug whose bytes then do not fit either.
     let dtype = match initializer.element {
         Element::Float(dtype) => dtype,
-        Element::Int64 | Element::Bool => ir::DType::F32,
+        Element::Int64 | Element::Uint8 | Element::Bool => ir::DType::F32,
     };
     let expected = initializer.size();
     let planned = weight.len() as u64 * dtype.size() as u64;
@@ -293,6 +301,50 @@ fn evaluate<W: Write>(
     }
     result.map_err(|source| Error::Weight { name: name(), source })?;
     let found = sink.tracker.done - before;
+    if found == expected { Ok(()) } else { Err(Error::WrongSize { name: name(), expected, found }) }
+}
+
+/// Writes the parts of a matrix in few bits.
+fn quantise(
+    initializer: &Initializer,
+    weight: &ir::Weight,
+    place: &packed::Place,
+    sources: &Sources,
+    output: &mut Output,
+    tracker: &mut Tracker<'_>,
+    failed: &impl Fn(io::Error) -> Error,
+) -> Result<(), Error> {
+    let packed::Place { scheme, dtype, codes, scales, zeros } = place;
+    output.pad_to(*codes).map_err(failed)?;
+    let mut sink = Tracked::new(output, tracker);
+    let result = weights::quantized::write(weight, scheme, *dtype, sources, &mut sink);
+    if let Some(error) = sink.failure() {
+        return Err(failed(error));
+    }
+    if tracker.stopped() {
+        return Err(Error::Interrupted);
+    }
+    let name = || initializer.name.clone();
+    let sides = result.map_err(|source| Error::Weight { name: name(), source })?;
+    for (offset, bytes) in [(scales, &sides.scales), (zeros, &sides.zeros)] {
+        if bytes.is_empty() {
+            continue;
+        }
+        output.pad_to(*offset).map_err(failed)?;
+        let mut sink = Tracked::new(output, tracker);
+        let result = sink.write_all(bytes);
+        if let Some(error) = sink.failure() {
+            return Err(failed(error));
+        }
+        result.map_err(|_| Error::Interrupted)?;
+    }
+    let (rows, columns) = (weight.rows(), weight.columns());
+    let bytes = |each: usize| (rows * each) as u64;
+    let (expected, found) = if scheme.symmetric {
+        (scales + bytes(scheme.blocks(columns) * dtype.size()), output.size())
+    } else {
+        (zeros + bytes(scheme.zero_bytes(columns)), output.size())
+    };
     if found == expected { Ok(()) } else { Err(Error::WrongSize { name: name(), expected, found }) }
 }
 

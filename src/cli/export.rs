@@ -9,11 +9,12 @@ use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan, safetensors};
-use skipgpt_passes::ir::{DType, Dispatch, Model};
+use skipgpt_passes::ir::{Dispatch, Model};
 use skipgpt_passes::plan::Plan;
 use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
 
+use super::precision::{PrecisionArgument, PrecisionArguments};
 use super::{CheckpointArguments, ReportArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
@@ -26,6 +27,8 @@ pub(crate) struct Arguments {
     /// What is written
     #[arg(long, value_enum, default_value_t = FormatArgument::Onnx)]
     format: FormatArgument,
+    #[command(flatten)]
+    precision: PrecisionArguments,
     /// How routed modules skip (ONNX)
     #[arg(long, value_enum, default_value_t = DispatchArgument::Auto)]
     dispatch: DispatchArgument,
@@ -134,7 +137,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     };
     match arguments.format {
         FormatArgument::Onnx => {
-            let options = onnx::Options { dtype: DType::F32, emit_routing: arguments.emit_routing };
+            let options = onnx::Options {
+                dtype: arguments.precision.float(),
+                emit_routing: arguments.emit_routing,
+            };
             let graph = onnx::lower(validate(&model)?, options)?;
             artifact::write(
                 &artifact::Request {
@@ -146,7 +152,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                     plan: &plan,
                     passes: &names,
                     options: recorded(arguments),
-                    min_onnxruntime: onnx::MINIMUM_ONNXRUNTIME,
+                    min_onnxruntime: onnx::minimum_onnxruntime(&graph),
                 },
                 &mut progress,
             )?;
@@ -161,7 +167,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                     plan: &plan,
                     passes: &names,
                     options: recorded(arguments),
-                    dtype: None,
+                    dtype: (arguments.precision.dtype != PrecisionArgument::F32)
+                        .then_some(arguments.precision.float()),
                 },
                 &mut progress,
             )?;
@@ -178,11 +185,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
 fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     let link = arguments.weights == WeightsArgument::Link;
     if let Some(path) = &arguments.plan {
+        if let Some(option) = arguments.precision.first_option() {
+            bail!("--{option}: the plan of --plan says how weights are quantised");
+        }
         return Ok(artifact::manifest::read_plan(path)?);
+    }
+    let quantization = arguments.precision.quantization()?;
+    if quantization.is_some() && arguments.format == FormatArgument::Safetensors {
+        bail!("--format safetensors holds floats; --dtype int8 and int4 are for ONNX");
     }
     let profile = arguments.profile.as_deref().map(profile::read::read).transpose()?;
     let choices = plan::Choices {
         dispatch: arguments.dispatch.dispatch(),
+        quantization,
         rearrange: !link,
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,
@@ -239,7 +254,7 @@ fn recorded(arguments: &Arguments) -> manifest::Options {
             FormatArgument::Onnx => manifest::Format::Onnx,
             FormatArgument::Safetensors => manifest::Format::Safetensors,
         },
-        dtype: DType::F32,
+        dtype: arguments.precision.float(),
         weights: match arguments.weights {
             WeightsArgument::Copy => manifest::Weights::Copy,
             WeightsArgument::Link => manifest::Weights::Link,

@@ -2,9 +2,15 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
+use skipgpt_export::artifact::Artifact;
+use skipgpt_export::checkpoint::Checkpoint;
+use skipgpt_export::model::Reference;
+use skipgpt_export::quality::{self, Quality};
+use skipgpt_export::readback;
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::tolerance::Tolerances;
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
 use skipgpt_passes::prune_modules;
@@ -31,6 +37,15 @@ pub(crate) struct Arguments {
     /// Tokens each side writes on its own
     #[arg(long, value_name = "N", default_value_t = 64)]
     greedy_tokens: usize,
+    /// Also measure on this text what the precision costs, against the checkpoint in f32
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    against_f32: Vec<PathBuf>,
+    /// Tokens in a window of that text
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, requires = "against_f32")]
+    window: usize,
+    /// Windows of that text
+    #[arg(long, value_name = "WINDOWS", default_value_t = 16, requires = "against_f32")]
+    limit: usize,
     #[command(flatten)]
     report: ReportArguments,
 }
@@ -38,18 +53,6 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let artifact = sources::artifact(&arguments.artifact)?;
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
-    let plan = &artifact.manifest.plan;
-    let runtime = sources::runtime(&arguments.runtime, &artifact)?;
-    let session = sources::session_options(&arguments.runtime);
-    let mut watched = Watched::open(&artifact, &runtime, &session)?;
-
-    // The reference runs what was imported, adapter unmerged; only removals are the plan's.
-    let mut imported = checkpoint.model.clone();
-    prune_modules::prune(&mut imported, plan)
-        .context("the artifact's plan does not fit this checkpoint")?;
-    let checkpoint = skipgpt_export::checkpoint::Checkpoint { model: imported, ..checkpoint };
-    let mut reference = sources::reference(&checkpoint)?;
-
     let prompts = match &arguments.prompts {
         Some(path) => {
             let tokenizer = Tokenizer::open(&arguments.artifact)?;
@@ -58,23 +61,86 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         }
         None => Vec::new(),
     };
+    let mut report = compare(arguments, &artifact, &checkpoint, &prompts)?;
+    if !arguments.against_f32.is_empty() {
+        report.quality = Some(cost(arguments, &artifact, checkpoint)?);
+    }
+    screen::report(&report, &arguments.report)?;
+    Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
+}
+
+/// The artifact against the reference of the same weights.
+fn compare(
+    arguments: &Arguments,
+    artifact: &Artifact,
+    checkpoint: &Checkpoint,
+    prompts: &[Vec<i64>],
+) -> Result<verify::Report> {
+    let runtime = sources::runtime(&arguments.runtime, artifact)?;
+    let session = sources::session_options(&arguments.runtime);
+    let scheme = artifact.manifest.plan.quantization.map(|quantization| quantization.scheme);
+    let rounds = scheme.is_some_and(|scheme| scheme.accuracy.rounds());
+    let open = if rounds { Watched::open_exact } else { Watched::open };
+    let mut watched = open(artifact, &runtime, &session)?;
+    // The reference runs what was imported, adapter unmerged; only removals are the plan's, and the
+    // values of quantised weights the artifact's.
+    let (read, nearness) = readback::read(artifact, checkpoint)?;
+    let mut reference = sources::reference(&read)?;
+
+    let dtype = artifact.manifest.options.dtype;
     let options = verify::Options {
         seed: arguments.seed,
         decode_steps: arguments.decode_steps,
         greedy_tokens: arguments.greedy_tokens,
-        ..verify::Options::new(
-            session.provider.name(),
-            &runtime.found().version.to_string(),
-            artifact.manifest.options.dtype,
-        )
+        tolerances: Tolerances::with_scheme(dtype, scheme.as_ref()),
+        ..verify::Options::new(session.provider.name(), &runtime.found().version.to_string(), dtype)
     };
     let bar = screen::count("verifying");
-    let report = verify::run(&mut reference, &mut watched, &prompts, &options, &mut |progress| {
-        bar.set_length(progress.steps as u64);
-        bar.set_position(progress.step as u64);
-        bar.set_message(progress.case.to_owned());
+    let mut report =
+        verify::run(&mut reference, &mut watched, prompts, &options, &mut |progress| {
+            bar.set_length(progress.steps as u64);
+            bar.set_position(progress.step as u64);
+            bar.set_message(progress.case.to_owned());
+        })?;
+    bar.finish_and_clear();
+    if let Some(nearness) = nearness {
+        report.compare_weights(nearness);
+    }
+    if rounds {
+        drop(watched);
+        let drawn = verify::drawn(artifact.manifest.model.vocab_size, arguments.seed);
+        let prompts = if prompts.is_empty() { &drawn } else { prompts };
+        let quality = measure(arguments, artifact, &mut reference, prompts)?;
+        report.compare_rounding(quality);
+    }
+    Ok(report)
+}
+
+/// What the precision costs, on text.
+fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: Checkpoint) -> Result<Quality> {
+    let tokenizer = Tokenizer::open(&arguments.artifact)?;
+    let tokens = sources::tokens(&tokenizer, &arguments.against_f32)?;
+    let windows = tokens.chunks_exact(arguments.window.max(1)).take(arguments.limit);
+    let windows: Vec<Vec<i64>> =
+        windows.map(|window| window.iter().map(|&token| token.into()).collect()).collect();
+    let mut imported = checkpoint.model.clone();
+    prune_modules::prune(&mut imported, &artifact.manifest.plan)?;
+    let mut reference = sources::reference(&Checkpoint { model: imported, ..checkpoint })?;
+    measure(arguments, artifact, &mut reference, &windows)
+}
+
+fn measure(
+    arguments: &Arguments,
+    artifact: &Artifact,
+    reference: &mut Reference,
+    sequences: &[Vec<i64>],
+) -> Result<Quality> {
+    let mut watched = sources::watched(artifact, &arguments.runtime)?;
+    let bar = screen::count("comparing");
+    bar.set_length(sequences.len() as u64);
+    let quality = quality::compare(reference, &mut watched, sequences, |done| {
+        bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    screen::report(&report, &arguments.report)?;
-    Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
+    Ok(quality)
 }

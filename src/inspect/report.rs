@@ -21,6 +21,9 @@ pub struct Report {
     /// Who wrote the artifact.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool: Option<Tool>,
+    /// What an artifact's weights are stored in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precision: Option<String>,
     /// The options of the export.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub options: Option<Options>,
@@ -65,6 +68,7 @@ pub struct Totals {
 impl Report {
     /// What an artifact's manifest says.
     pub fn of_artifact(artifact: &Artifact) -> Self {
+        let precision = Some(artifact.manifest.precision());
         let Manifest {
             tool,
             options,
@@ -88,6 +92,7 @@ impl Report {
         Self {
             kind: "artifact",
             tool: Some(tool),
+            precision,
             options: Some(options),
             phase: None,
             passes,
@@ -128,6 +133,7 @@ impl Report {
         Self {
             kind: "checkpoint",
             tool: None,
+            precision: None,
             options: None,
             phase: Some(model.phase.to_string()),
             passes: passes.iter().map(ToString::to_string).collect(),
@@ -162,7 +168,9 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "written by {} {}: {format}, {}, weights: {weights}",
-                tool.name, tool.version, options.dtype
+                tool.name,
+                tool.version,
+                self.precision.as_deref().unwrap_or_default()
             )?;
         }
         if let Some(phase) = &self.phase {

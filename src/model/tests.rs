@@ -29,6 +29,7 @@ fn plan(dispatch: Dispatch) -> Plan {
         always: Vec::new(),
         fuse_key_value: true,
         fuse_gate_up: true,
+        quantization: None,
         attention_dispatch: dispatch,
         mlp_dispatch: dispatch,
     }

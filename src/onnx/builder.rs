@@ -4,6 +4,7 @@
 use skipgpt_passes::ir::{DType, Linear, Weight};
 
 use super::graph::{Attribute, Data, Dim, Element, Graph, Initializer, Node, Value};
+use super::quantized::quantized;
 
 /// The domain of ONNX Runtime's own operators.
 pub(super) const MICROSOFT: &str = "com.microsoft";
@@ -188,7 +189,7 @@ impl Builder {
 
     /// A weight in a dtype of its own.
     pub(super) fn weight_as(&mut self, name: &str, weight: &Weight, dtype: DType) -> Name {
-        self.initializers.push(Initializer {
+        self.initializer(Initializer {
             name: name.to_owned(),
             element: Element::Float(dtype),
             shape: weight.shape(),
@@ -197,9 +198,20 @@ impl Builder {
         name.to_owned()
     }
 
+    /// A constant whose name no other has.
+    pub(super) fn initializer(&mut self, initializer: Initializer) {
+        self.initializers.push(initializer);
+    }
+
     /// `x · Wᵀ + bias` for `x` `[tokens, in]`: `[tokens, out]`. The weight keeps the checkpoint's
-    /// `[out, in]`, which `Gemm` takes as it is.
+    /// `[out, in]`, which `Gemm` takes as it is. A weight in few bits has an operator of its own.
     pub(super) fn linear(&mut self, name: &str, x: &str, linear: &Linear, dtype: DType) -> Name {
+        if let Some(weight) = quantized(&linear.weight) {
+            let Some(bias) = &linear.bias else { return self.matmul_bits(name, x, weight, dtype) };
+            let product = self.matmul_bits(&format!("{name}.product"), x, weight, dtype);
+            let bias = self.weight_as(&format!("{name}.bias"), bias, dtype);
+            return self.op(name, "Add", &[&product, &bias]);
+        }
         let weight = self.weight_as(&format!("{name}.weight"), &linear.weight, dtype);
         let bias =
             linear.bias.as_ref().map(|bias| self.weight_as(&format!("{name}.bias"), bias, dtype));

@@ -4,6 +4,7 @@
 //! while the artifact is written.
 
 use skipgpt_passes::ir::{DType, Weight};
+use skipgpt_passes::quantization::Scheme;
 
 /// A graph, or the body of an `If` branch (which has no inputs and no initializers of its own: it
 /// captures outer-scope values by name).
@@ -48,6 +49,8 @@ pub enum Element {
     Float(DType),
     /// 64-bit integers: ids, masks, shapes.
     Int64,
+    /// Bytes: codes and zero points of matrices in few bits.
+    Uint8,
     /// Truth values.
     Bool,
 }
@@ -106,6 +109,32 @@ pub enum Data {
     Inline(Vec<u8>),
     /// A weight, rounded to the initializer's element type, in an external file.
     Weight(Weight),
+    /// A part of a weight in few bits, in an external file.
+    Quantized(Quantized),
+}
+
+/// A part of a matrix in few bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized {
+    /// The matrix, before it is quantised.
+    pub weight: Weight,
+    /// How it is stored.
+    pub scheme: Scheme,
+    /// Dtype of its scales.
+    pub scales: DType,
+    /// Which part.
+    pub part: Part,
+}
+
+/// The parts of a matrix in few bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// One code per element, packed.
+    Codes,
+    /// One number per block.
+    Scales,
+    /// One code per block, packed.
+    Zeros,
 }
 
 /// Where an external initializer's bytes lie.
@@ -120,11 +149,11 @@ pub struct Placement {
 }
 
 impl Graph {
-    /// The weights, in the order in which they are written.
+    /// The weights that are whole initializers, in the order in which they are written.
     pub fn weights(&self) -> impl Iterator<Item = (&Initializer, &Weight)> {
         self.initializers.iter().filter_map(|initializer| match &initializer.data {
             Data::Weight(weight) => Some((initializer, weight)),
-            Data::Inline(_) => None,
+            Data::Inline(_) | Data::Quantized(_) => None,
         })
     }
 
@@ -156,7 +185,7 @@ impl Element {
         match self {
             Self::Float(dtype) => dtype.size(),
             Self::Int64 => 8,
-            Self::Bool => 1,
+            Self::Bool | Self::Uint8 => 1,
         }
     }
 }

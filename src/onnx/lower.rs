@@ -7,6 +7,7 @@ use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind, Routing};
 
 use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element, Graph, Value};
+use super::quantized::quantized;
 use super::router::{self, RouterScores};
 use super::stream::Stream;
 use super::{Options, attention, dispatch, mlp};
@@ -35,9 +36,9 @@ pub(super) struct Shared {
 pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let config = &model.config;
     let mut b = Builder::new(options.dtype);
-    let embedding = b.weight("embedding.weight", &model.embedding);
+    let rows = embedding_rows(&mut b, model);
     let shared = preamble(&mut b, model);
-    let embedded = b.op("embedding", "Gather", &[&embedding, "input_ids"]);
+    let embedded = embed(&mut b, model, rows.as_deref());
     let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
     let mut stream = Stream::Value(b.op("layers.input", "Reshape", &[&embedded, &flat]));
 
@@ -46,9 +47,7 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     }
 
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
-    let head = head_weight(&mut b, model, &embedding);
-    let bias = model.head.bias.as_ref().map(|bias| b.weight("head.bias", bias));
-    let scores = b.gemm("head", &normed, &head, bias.as_deref());
+    let scores = head(&mut b, model, rows.as_deref(), &normed);
     let scores = b.as_f32("head.f32", &scores);
     b.op("logits", "Reshape", &[&scores, &shared.batch_sequence]);
 
@@ -96,12 +95,29 @@ fn caches(model: &Model, dtype: DType, prefix: &str, length: Dim) -> Vec<Value> 
         .collect()
 }
 
-/// The head's weight: the embedding itself where they are tied.
-fn head_weight(b: &mut Builder, model: &Model, embedding: &str) -> Name {
-    if model.head.weight == model.embedding {
-        embedding.to_owned()
-    } else {
-        b.weight("head.weight", &model.head.weight)
+/// The embedding as an initializer, unless it is in few bits.
+fn embedding_rows(b: &mut Builder, model: &Model) -> Option<Name> {
+    let plain = quantized(&model.embedding).is_none();
+    plain.then(|| b.weight("embedding.weight", &model.embedding))
+}
+
+/// The tokens' rows of the embedding, `[batch, sequence, hidden]`.
+fn embed(b: &mut Builder, model: &Model, rows: Option<&str>) -> Name {
+    match (rows, quantized(&model.embedding)) {
+        (_, Some(weight)) => b.gather_bits("embedding", "input_ids", weight),
+        (rows, None) => b.op("embedding", "Gather", &[rows.unwrap_or_default(), "input_ids"]),
+    }
+}
+
+/// Logits `[tokens, vocab]` in the model's dtype; the weight is the embedding itself where they are
+/// tied.
+fn head(b: &mut Builder, model: &Model, rows: Option<&str>, x: &str) -> Name {
+    match rows.filter(|_| model.head.weight == model.embedding) {
+        Some(weight) => {
+            let bias = model.head.bias.as_ref().map(|bias| b.weight("head.bias", bias));
+            b.gemm("head", x, weight, bias.as_deref())
+        }
+        None => b.linear("head", x, &model.head, b.dtype),
     }
 }
 

@@ -111,6 +111,53 @@ pub fn with_outputs(bytes: &[u8], extra: &[Value]) -> Result<Vec<u8>, Error> {
     serialise(&model)
 }
 
+/// The same model, no product of which may round activations: accuracy level 0.
+///
+/// `bytes` must be a file that [`encode`] wrote: compare its hash with the manifest's first.
+///
+/// # Errors
+///
+/// [`Error::Protobuf`] if it is no model file.
+pub fn exact(bytes: &[u8]) -> Result<Vec<u8>, Error> {
+    fn rewrite(graph: &mut GraphProto) {
+        for attribute in graph.node.iter_mut().flat_map(|node| &mut node.attribute) {
+            if attribute.name == "accuracy_level" {
+                attribute.i = 0;
+            }
+            if let Some(branch) = attribute.g.as_mut() {
+                rewrite(branch);
+            }
+        }
+    }
+    let mut model = ModelProto::parse_from_bytes(bytes)?;
+    rewrite(model.graph.mut_or_insert_default());
+    serialise(&model)
+}
+
+/// Where the external initializers of a model file lie, by name.
+///
+/// `bytes` must be a file that [`encode`] wrote: compare its hash with the manifest's first.
+///
+/// # Errors
+///
+/// [`Error::Protobuf`] if it is no model file.
+pub fn placements(bytes: &[u8]) -> Result<BTreeMap<String, Placement>, Error> {
+    let model = ModelProto::parse_from_bytes(bytes)?;
+    let mut all = BTreeMap::new();
+    for tensor in &model.graph.get_or_default().initializer {
+        let entries = &tensor.external_data;
+        let get = |key| entries.iter().find(|entry| entry.key == key).map(|e| &*e.value);
+        let number = |text: Option<&str>| text.and_then(|text| text.parse().ok());
+        if let (Some(location), Some(offset), Some(length)) =
+            (get("location"), number(get("offset")), number(get("length")))
+        {
+            let place = Placement { location: location.to_owned(), offset, length };
+            all.insert(tensor.name.clone(), place);
+        }
+    }
+    Ok(all)
+}
+
 pub(super) fn serialise(model: &ModelProto) -> Result<Vec<u8>, Error> {
     let size = model.compute_size();
     if size > LIMIT {
@@ -206,7 +253,7 @@ fn tensor_proto(
             proto.raw_data.clone_from(bytes);
             bytes.len() as u64
         }
-        Data::Weight(_) => {
+        Data::Weight(_) | Data::Quantized(_) => {
             let place =
                 placements.get(&tensor.name).ok_or_else(|| Error::Unplaced(tensor.name.clone()))?;
             proto.data_location = EnumOrUnknown::new(DataLocation::EXTERNAL);
@@ -255,6 +302,7 @@ const fn data_type(element: Element) -> i32 {
         Element::Float(DType::F16) => DataType::FLOAT16,
         Element::Float(DType::BF16) => DataType::BFLOAT16,
         Element::Int64 => DataType::INT64,
+        Element::Uint8 => DataType::UINT8,
         Element::Bool => DataType::BOOL,
     }) as i32
 }

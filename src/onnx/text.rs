@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::graph::{Attribute, Data, Dim, Element, Graph, Initializer, Node, Value};
+use super::graph::{
+    Attribute, Data, Dim, Element, Graph, Initializer, Node, Part, Quantized, Value,
+};
 
 impl Display for Graph {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -66,6 +68,14 @@ impl Display for Initializer {
         f.write_str("] = ")?;
         match (&self.data, self.element) {
             (Data::Weight(weight), _) => write!(f, "{weight}"),
+            (Data::Quantized(Quantized { weight, scheme, part, .. }), _) => {
+                let part = match part {
+                    Part::Codes => "codes",
+                    Part::Scales => "scales",
+                    Part::Zeros => "zeros",
+                };
+                write!(f, "{part} quantized({scheme}, {weight})")
+            }
             (Data::Inline(bytes), Element::Int64) => {
                 list(f, bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)))
             }
@@ -74,6 +84,7 @@ impl Display for Initializer {
                 crate::sources::decode(bytes, dtype, &mut values);
                 list(f, values.iter().map(|value| format!("{value:?}")))
             }
+            (Data::Inline(bytes), Element::Uint8) => list(f, bytes),
             (Data::Inline(bytes), Element::Bool) => list(f, bytes.iter().map(|b| *b != 0)),
         }
     }
@@ -93,6 +104,7 @@ impl Display for Element {
         match self {
             Self::Float(dtype) => write!(f, "{dtype}"),
             Self::Int64 => f.write_str("i64"),
+            Self::Uint8 => f.write_str("u8"),
             Self::Bool => f.write_str("bool"),
         }
     }

@@ -147,7 +147,8 @@ fn base(weight: &Weight) -> Option<&Stored> {
         Weight::Concat(_)
         | Weight::Slice { .. }
         | Weight::BlockDiagonal(_)
-        | Weight::Transpose(_) => None,
+        | Weight::Transpose(_)
+        | Weight::Quantized { .. } => None,
     }
 }
 

@@ -25,6 +25,7 @@ fn plan(removed: &[ModuleId], always: &[ModuleId]) -> Plan {
         always: always.to_vec(),
         fuse_key_value: false,
         fuse_gate_up: false,
+        quantization: None,
         attention_dispatch: Dispatch::Masked,
         mlp_dispatch: Dispatch::Masked,
     }

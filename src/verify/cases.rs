@@ -42,10 +42,14 @@ pub(super) enum Then {
     Greedy(usize),
 }
 
+/// The prompts that stand in where none are given.
+pub fn drawn(vocab: usize, seed: u64) -> Vec<Vec<i64>> {
+    DRAWN.iter().zip(seed..).map(|(length, seed)| draw(vocab, seed, *length)).collect()
+}
+
 /// Every case, in the order they run.
 pub(super) fn cases(prompts: &[Vec<i64>], vocab: usize, options: &Options) -> Vec<Case> {
-    let drawn: Vec<_> =
-        DRAWN.iter().zip(options.seed..).map(|(length, seed)| draw(vocab, seed, *length)).collect();
+    let drawn = drawn(vocab, options.seed);
     // Drawn tokens are no text: what follows one sequence of them shows as much as all do.
     let texts = if prompts.is_empty() { &drawn[..1] } else { prompts };
     let prompts = if prompts.is_empty() { &drawn } else { prompts };

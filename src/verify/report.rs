@@ -9,7 +9,9 @@ use super::Options;
 use super::compare::Tally;
 use super::place::{Divergence, Tie};
 use super::stats::{Decisions, Stats};
-use crate::tolerance::Tolerances;
+use crate::quality::Quality;
+use crate::readback::Nearness;
+use crate::tolerance::{self, Tolerances};
 
 /// Most ties that are listed one by one.
 const LISTED: usize = 100;
@@ -39,12 +41,31 @@ pub struct Report {
     pub dtype: String,
     /// The bounds.
     pub tolerances: Tolerances,
+    /// How near quantised weights are to the checkpoint's; `None` where none are quantised.
+    pub weights: Option<Nearness>,
+    /// What rounding activations does to the artifact, everything else of which is compared without
+    /// it; `None` where it rounds none.
+    pub rounding: Option<Rounding>,
+    /// What its precision costs; `None` where no text was given.
+    pub quality: Option<Quality>,
     /// Case by case.
     pub cases: Vec<CaseReport>,
     /// Where the artifact first goes wrong, in the first case in which it does.
     pub first_divergence: Option<Divergence>,
     /// How long it took.
     pub seconds: f64,
+}
+
+/// What rounding activations to 8 bits does to an artifact that allows it, against the reference,
+/// which rounds none.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Rounding {
+    /// Whether [`Quality::logit_error`] is within the bound.
+    pub passed: bool,
+    /// The bound.
+    pub bound: f64,
+    /// The comparison.
+    pub quality: Quality,
 }
 
 /// Decisions on which the reference's own scores are equal up to rounding.
@@ -181,10 +202,28 @@ impl Report {
             onnxruntime: options.onnxruntime.clone(),
             dtype: options.dtype.to_string(),
             tolerances: options.tolerances,
+            weights: None,
+            rounding: None,
+            quality: None,
             first_divergence: cases.iter().find_map(|case| case.first_divergence.clone()),
             cases,
             seconds: time.as_secs_f64(),
         }
+    }
+
+    /// Adds what reading quantised weights back has shown: part of the verdict.
+    pub fn compare_weights(&mut self, nearness: Nearness) {
+        self.passed &= nearness.passed;
+        self.weights = Some(nearness);
+    }
+
+    /// Adds what rounding activations does: part of the verdict.
+    pub fn compare_rounding(&mut self, quality: Quality) {
+        let bound = tolerance::ROUNDED_LOGITS;
+        // NaN is within no bound.
+        let passed = quality.logit_error <= bound;
+        self.passed &= passed;
+        self.rounding = Some(Rounding { passed, bound, quality });
     }
 
     /// Decisions of all cases.
@@ -200,6 +239,25 @@ impl Report {
 
     /// Why it has not passed.
     fn mismatch(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(Rounding { bound, quality, .. }) =
+            self.rounding.as_ref().filter(|rounding| !rounding.passed)
+        {
+            return write!(
+                f,
+                "with activations in 8 bits, logits are {:.1} % apart (within {:.0} %)",
+                100.0 * quality.logit_error,
+                100.0 * bound
+            );
+        }
+        if let Some(nearness) = self.weights.as_ref().filter(|nearness| !nearness.passed) {
+            return write!(
+                f,
+                "{} of the quantised weights is {:.2} of its length from the checkpoint's (within {})",
+                nearness.worst.as_deref().unwrap_or("a row"),
+                nearness.max_row_error,
+                nearness.bound
+            );
+        }
         if let Some(divergence) = &self.first_divergence {
             return write!(f, "{divergence}");
         }
@@ -228,6 +286,16 @@ impl Report {
 /// One line per case, one per listed tie, and last the verdict.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(nearness) = &self.weights {
+            writeln!(f, "{nearness}")?;
+        }
+        if let Some(Rounding { passed, quality, .. }) = &self.rounding {
+            let verdict = if *passed { "ok" } else { "MISMATCH" };
+            writeln!(f, "activations   {verdict:<8}  in 8 bits: {quality}")?;
+        }
+        if let Some(quality) = &self.quality {
+            writeln!(f, "quality                 {quality}")?;
+        }
         for case in &self.cases {
             writeln!(f, "{case}")?;
         }

@@ -397,8 +397,8 @@ fn the_fields_come_in_a_fixed_order() {
     says(
         &fields.join(" "),
         &expect![[r#"
-        passed decision_agreement ties max_abs_logit_error max_abs_cache_error greedy_agreement provider onnxruntime dtype tolerances cases first_divergence seconds
-    "#]],
+            passed decision_agreement ties max_abs_logit_error max_abs_cache_error greedy_agreement provider onnxruntime dtype tolerances weights rounding quality cases first_divergence seconds
+        "#]],
     );
     let fields: Vec<_> = json["cases"][0].as_object().unwrap().keys().map(String::as_str).collect();
     says(

@@ -42,7 +42,10 @@ fn collect<'a>(
             collect(of, dtype, rows.start + range.start..rows.start + range.end, segments)
         }
         Weight::Cast { of, dtype: to } => *to == dtype && collect(of, dtype, range, segments),
-        Weight::Merged { .. } | Weight::BlockDiagonal(_) | Weight::Transpose(_) => false,
+        Weight::Merged { .. }
+        | Weight::BlockDiagonal(_)
+        | Weight::Transpose(_)
+        | Weight::Quantized { .. } => false,
     }
 }
 

@@ -10,7 +10,7 @@ impl<'a> Checker<'a> {
     pub(super) fn model(&mut self) {
         let model = self.model;
         let (hidden, vocab) = (model.config.hidden_size, model.config.vocab_size);
-        self.weight("embedding", &model.embedding, [vocab, hidden]);
+        self.quantizable("embedding", &model.embedding, [Some(vocab), Some(hidden)]);
         let mut previous = None;
         for layer in &model.layers {
             let path = format!("layers.{}", layer.index);
@@ -66,10 +66,10 @@ impl<'a> Checker<'a> {
     ) {
         let mut width = self.model.config.hidden_size;
         if let Some(hidden) = hidden {
-            self.linear(&format!("{path}.hidden"), hidden, [None, Some(width)]);
+            self.plain_linear(&format!("{path}.hidden"), hidden, [None, Some(width)]);
             width = hidden.out_features();
         }
-        self.linear(&format!("{path}.output"), output, [Some(rows), Some(width)]);
+        self.plain_linear(&format!("{path}.output"), output, [Some(rows), Some(width)]);
     }
 
     /// Each decision of a layer is used by exactly one of its modules.

@@ -4,6 +4,7 @@ use super::*;
 use crate::ir::{
     GateUp, KeyValue, Linear, Policy, Rope, Routing, SharedRouter, Source, Tap, Weight,
 };
+use crate::quantization::{AccuracyLevel, Bits, Method, Scheme};
 use crate::testing::{
     adapt, at, attention, biased, dense, fused, linear, lora, lowered, mlp, model, weight,
 };
@@ -660,6 +661,62 @@ fn phases_wait_for_what_they_introduce() {
         down(diagonal),
         expect![[r#"
         layers.0.mlp.down: blockdiag before phase Fused
+    "#]],
+    );
+}
+
+#[test]
+fn only_whole_weights_are_quantised() {
+    let scheme = |block| Scheme {
+        bits: Bits::Four,
+        block,
+        symmetric: true,
+        method: Method::Nearest,
+        accuracy: AccuracyLevel::Unset,
+    };
+    let quantized =
+        |of: Weight, block| Weight::Quantized { of: Box::new(of), scheme: scheme(block) };
+    let spoil = |model: &mut Model| {
+        model.norm = quantized(weight("norm", &[8]), 32);
+        shared(model).output.weight = quantized(shared(model).output.weight.clone(), 32);
+        let attention = attention(model, 0);
+        attention.q.bias = Some(quantized(weight("q.bias", &[8]), 32));
+        let half = |name| quantized(weight(name, &[4, 8]), 32);
+        attention.kv = KeyValue::Fused(Linear {
+            weight: Weight::Concat(vec![half("0.k"), half("0.v")]),
+            bias: None,
+            lora: None,
+        });
+        attention.o.weight = quantized(quantized(attention.o.weight.clone(), 32), 32);
+        mlp(model, 0).down.weight = quantized(weight("0.down", &[8, 13]), 24);
+    };
+    check(
+        fused(),
+        spoil,
+        expect![[r#"
+        layers.0.router.output: is quantised; only whole weights of projections, head and embedding may be
+        layers.0.attention.q.bias: is quantised; only whole weights of projections, head and embedding may be
+        layers.0.attention.kv.concat.0: is quantised; only whole weights of projections, head and embedding may be
+        layers.0.attention.kv.concat.1: is quantised; only whole weights of projections, head and embedding may be
+        layers.0.attention.o: is quantised; only whole weights of projections, head and embedding may be
+        layers.0.mlp.down: a block of 24 elements; expected 16, 32, 64, 128 or 256
+        layers.0.mlp.down: shape is [8x13], expected [8x12]
+        norm: is quantised; only whole weights of projections, head and embedding may be
+    "#]],
+    );
+    let early = |model: &mut Model| {
+        model.embedding = quantized(model.embedding.clone(), 32);
+        model.head.weight = quantized(model.head.weight.clone(), 256);
+    };
+    let mut model = fused();
+    early(&mut model);
+    validate(&model).unwrap();
+    check(
+        at(Phase::Frozen, crate::testing::model(1)),
+        early,
+        expect![[r#"
+        embedding: a quantised weight before phase Fused
+        head: a quantised weight before phase Fused
     "#]],
     );
 }

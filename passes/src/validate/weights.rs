@@ -2,11 +2,28 @@
 
 use super::{Checker, Pattern, Rule};
 use crate::ir::{Linear, Lora, Phase, Stored, Weight};
+use crate::quantization::BLOCKS;
 
 impl<'a> Checker<'a> {
     /// A linear of shape `[out, in]`, with its bias and adapter.
     pub(super) fn linear(&mut self, path: &str, linear: &'a Linear, shape: [Option<usize>; 2]) {
+        self.quantizable(path, &linear.weight, shape);
+        self.around(path, linear);
+    }
+
+    /// As [`Self::linear`], for one whose weight is never quantised.
+    pub(super) fn plain_linear(
+        &mut self,
+        path: &str,
+        linear: &'a Linear,
+        shape: [Option<usize>; 2],
+    ) {
         self.weight(path, &linear.weight, shape);
+        self.around(path, linear);
+    }
+
+    /// A linear's bias and adapter.
+    fn around(&mut self, path: &str, linear: &'a Linear) {
         let (rows, columns) = (linear.out_features(), linear.in_features());
         if let Some(lora) = &linear.lora {
             self.not_from(Phase::Merged, path, Rule::AdapterOutlived);
@@ -15,6 +32,23 @@ impl<'a> Checker<'a> {
         if let Some(bias) = &linear.bias {
             self.weight(&format!("{path}.bias"), bias, [rows]);
         }
+    }
+
+    /// A matrix of a shape that may be quantised.
+    pub(super) fn quantizable(
+        &mut self,
+        path: &str,
+        weight: &'a Weight,
+        shape: [Option<usize>; 2],
+    ) {
+        let Weight::Quantized { of, scheme } = weight else {
+            return self.weight(path, weight, shape);
+        };
+        self.not_before(Phase::Fused, path, "a quantised weight");
+        if !BLOCKS.contains(&scheme.block) {
+            self.report(path, Rule::Block { block: scheme.block });
+        }
+        self.weight(path, of, shape);
     }
 
     /// A weight of a shape.
@@ -90,6 +124,7 @@ impl<'a> Checker<'a> {
                 self.matrix(path, of);
             }
             Weight::Cast { of, .. } => self.expression(path, of),
+            Weight::Quantized { .. } => self.report(path, Rule::MisplacedQuantized),
         }
     }
 

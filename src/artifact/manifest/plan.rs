@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::{Dispatch, ModuleId};
-use skipgpt_passes::plan::Plan;
+use skipgpt_passes::plan::{Plan, Quantization};
 
+use super::quantization;
 use super::spelling::{DispatchDef, modules};
 use crate::artifact::{Error, clients};
 
@@ -20,6 +21,8 @@ pub(super) struct PlanDef {
     always: Vec<ModuleId>,
     fuse_key_value: bool,
     fuse_gate_up: bool,
+    #[serde(default, with = "quantization")]
+    quantization: Option<Quantization>,
     #[serde(with = "DispatchDef")]
     attention_dispatch: Dispatch,
     #[serde(with = "DispatchDef")]

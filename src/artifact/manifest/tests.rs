@@ -22,6 +22,7 @@ fn a_plan_survives_its_file_and_a_manifest() {
           ],
           "fuse_key_value": false,
           "fuse_gate_up": false,
+          "quantization": null,
           "attention_dispatch": "gathered",
           "mlp_dispatch": "conditional"
         }

@@ -23,8 +23,7 @@ fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
         router: routed.then_some(router.as_path()),
         ..Request::default()
     })?;
-    let choices =
-        Choices { dispatch: None, rearrange: true, prune_below: None, always_above: None };
+    let choices = Choices { rearrange: true, ..Choices::default() };
     let plan = plan::build(&checkpoint.model.config, choices, None)?;
     let mut model = checkpoint.model;
     skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
