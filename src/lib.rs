@@ -16,6 +16,7 @@ pub mod packed;
 pub mod plan;
 pub mod profile;
 pub mod quality;
+pub mod random;
 pub mod readback;
 mod report;
 pub mod rope;

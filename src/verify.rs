@@ -26,7 +26,7 @@ use std::time::Instant;
 
 use skipgpt_passes::ir::DType;
 
-pub use self::cases::{draw, drawn};
+pub use self::cases::drawn;
 pub use self::place::{Divergence, Tie};
 pub use self::report::{CaseReport, Greedy, GreedyDifference, Report, Rounding, Ties};
 pub use self::stats::{Decisions, Stats};

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use skipgpt_export::checkpoint::{self, Checkpoint, Request};
 use skipgpt_export::golden;
 use skipgpt_export::model::Reference;
+use skipgpt_export::random;
 use skipgpt_export::tolerance::Tolerances;
 use skipgpt_export::verify::{self, Options, Report};
 use skipgpt_passes::ir::{DType, Dispatch, Model, ModuleId, ModuleKind};
@@ -108,7 +109,7 @@ fn a_golden_file_of_one_dispatch_holds_for_the_others() {
         DType::F32,
     );
     let prompts: Vec<_> =
-        (0..3).map(|seed| (format!("prompt {seed}"), verify::draw(64, seed, 12))).collect();
+        (0..3).map(|seed| (format!("prompt {seed}"), random::draw(64, seed, 12))).collect();
     let golden =
         golden::record(&mut model(Dispatch::Masked), &prompts, &record, &mut |_| {}).unwrap();
     let mut text = Vec::new();

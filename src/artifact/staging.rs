@@ -7,7 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -86,6 +86,13 @@ impl Staging {
         let path = self.partial.join(name);
         let file = (self.open)(&path).map_err(|e| self.explain(name, e))?;
         Ok(Output::new(name, file))
+    }
+
+    /// Writes a small file, whole.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let mut output = self.create(name)?;
+        let written = output.write_all(bytes).and_then(|()| output.finish().map(drop));
+        written.map_err(|error| self.explain(name, error))
     }
 
     /// Makes `name` another name of the file at `source`, if the file system can; false if not.

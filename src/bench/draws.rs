@@ -8,6 +8,7 @@ use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
 use crate::decoder::{Input, Routing};
 use crate::onnx::force;
+use crate::random;
 
 /// Draws that skip a share of decisions.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,7 +24,7 @@ impl Draws {
     pub fn skips(&self, module: ModuleId, row: usize, position: i64) -> bool {
         let words = [number(module), row as u64, position as u64];
         // 53 bits: every share that f64 tells from 1 is reached, and 1 is never drawn.
-        let uniform = (mix(self.seed, &words) >> 11) as f64 / (1_u64 << 53) as f64;
+        let uniform = (stir(self.seed, &words) >> 11) as f64 / (1_u64 << 53) as f64;
         uniform < self.skip
     }
 
@@ -57,30 +58,24 @@ pub(super) fn thresholds(input: &force::Input, routing: &Routing) -> Array2<f32>
 /// `count` of `modules`, drawn.
 pub(super) fn choose(modules: &[ModuleId], count: usize, seed: u64) -> BTreeSet<ModuleId> {
     let mut drawn: Vec<_> =
-        modules.iter().map(|module| (mix(seed, &[number(*module), u64::MAX]), *module)).collect();
+        modules.iter().map(|module| (stir(seed, &[number(*module), u64::MAX]), *module)).collect();
     drawn.sort_unstable();
     drawn.into_iter().take(count).map(|(_, module)| module).collect()
 }
 
 /// A token id below `vocab`, drawn for a row and a position.
 pub(super) fn token(seed: u64, row: usize, position: usize, vocab: usize) -> i64 {
-    (mix(seed, &[u64::MAX, row as u64, position as u64]) % vocab.max(1) as u64) as i64
+    (stir(seed, &[u64::MAX, row as u64, position as u64]) % vocab.max(1) as u64) as i64
 }
 
 const fn number(module: ModuleId) -> u64 {
     2 * module.layer as u64 + matches!(module.kind, ModuleKind::Mlp) as u64
 }
 
-/// Stirs `words` into `seed`, one by one, as `SplitMix64` steps.
-fn mix(seed: u64, words: &[u64]) -> u64 {
-    words.iter().fold(stir(seed), |state, word| stir(state ^ stir(*word)))
-}
-
-const fn stir(word: u64) -> u64 {
-    let mut z = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+/// Stirs `words` into `seed`, one by one.
+fn stir(seed: u64, words: &[u64]) -> u64 {
+    let next = |word: u64| random::mix(word.wrapping_add(random::INCREMENT));
+    words.iter().fold(next(seed), |state, word| next(state ^ next(*word)))
 }
 
 #[cfg(test)]

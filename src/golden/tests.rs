@@ -7,8 +7,8 @@ mod outside;
 use expect_test::{Expect, expect};
 
 use super::*;
+use crate::random::draw;
 use crate::tolerance::Tolerances;
-use crate::verify::draw;
 use crate::verify::toy::{Failed, Fault, Toy, VOCAB};
 
 const MLP_1: ModuleId = ModuleId { layer: 1, kind: ModuleKind::Mlp };

@@ -150,10 +150,8 @@ fn preamble(b: &mut Builder, model: &Model) -> Shared {
 
     let bias = attention::bias(b, config, &zero, &one);
     attention::head_shapes(b, model);
-    let gathers = |kind| {
-        let routing = model.layers.iter().filter_map(move |layer| layer.routing(kind));
-        routing.into_iter().any(dispatch::gathers)
-    };
+    let gathers =
+        |kind| model.layers.iter().filter_map(|layer| layer.routing(kind)).any(dispatch::gathers);
     let zero_queries = gathers(ModuleKind::Attention).then(|| attention::zero_queries(b, config));
     if zero_queries.is_some() || gathers(ModuleKind::Mlp) {
         dispatch::row_numbers(b, &range);

@@ -89,9 +89,7 @@ pub(super) fn adapter(
     staging.require(tensors.len() as u64)?;
     for (name, bytes) in [("adapter_model.safetensors", &tensors), ("adapter_config.json", &config)]
     {
-        let mut output = staging.create(name)?;
-        let written = output.write_all(bytes).and_then(|()| output.finish().map(drop));
-        written.map_err(|error| staging.explain(name, error))?;
+        staging.write(name, bytes)?;
     }
     staging.commit()?;
     Ok(vec![path])

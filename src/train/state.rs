@@ -9,7 +9,6 @@
 //! Everything else a run needs is a function of its settings and of the step.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::Result as Candle;
@@ -114,9 +113,7 @@ impl Store {
         let record = serde_json::to_vec_pretty(&record)
             .map_err(|error| staging.explain(RECORD, error.into()))?;
         for (name, bytes) in [(TENSORS, &bytes), (RECORD, &record)] {
-            let mut output = staging.create(name)?;
-            let written = output.write_all(bytes).and_then(|()| output.finish().map(drop));
-            written.map_err(|error| staging.explain(name, error))?;
+            staging.write(name, bytes)?;
         }
         staging.commit()?;
         self.prune();
@@ -211,21 +208,15 @@ impl Store {
 }
 
 fn serialise(parameters: &[Parameter], optimizer: &AdamW) -> Result<Vec<u8>, Error> {
-    let encode = |values: &[f32]| {
-        let mut bytes = Vec::new();
-        sources::encode(values, skipgpt_passes::ir::DType::F32, &mut bytes);
-        bytes
-    };
     let mut tensors = Vec::new();
     for (at, parameter) in parameters.iter().enumerate() {
-        let shape = parameter.var.dims().to_vec();
         let values = parameter.values()?;
         for (kind, values) in [
             ("parameter", &values),
             ("first", &optimizer.first[at]),
             ("second", &optimizer.second[at]),
         ] {
-            tensors.push((format!("{kind}.{}", parameter.name), shape.clone(), encode(values)));
+            tensors.push(tensor(format!("{kind}.{}", parameter.name), parameter, values));
         }
     }
     Ok(file(&tensors)?)
@@ -246,9 +237,14 @@ pub(super) fn file(
 
 /// A parameter as [`file()`] takes it, under the name `name`.
 pub(super) fn entry(parameter: &Parameter, name: String) -> Candle<(String, Vec<usize>, Vec<u8>)> {
+    Ok(tensor(name, parameter, &parameter.values()?))
+}
+
+/// `values` of the parameter's shape.
+fn tensor(name: String, parameter: &Parameter, values: &[f32]) -> (String, Vec<usize>, Vec<u8>) {
     let mut bytes = Vec::new();
-    sources::encode(&parameter.values()?, skipgpt_passes::ir::DType::F32, &mut bytes);
-    Ok((name, parameter.var.dims().to_vec(), bytes))
+    sources::encode(values, skipgpt_passes::ir::DType::F32, &mut bytes);
+    (name, parameter.var.dims().to_vec(), bytes)
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use ndarray::s;
 
 use super::Options;
 use crate::decoder::{Input, Logits};
+use crate::random::draw;
 
 /// Lengths of the prompts that are drawn where none are given.
 const DRAWN: [usize; 3] = [24, 17, 9];
@@ -118,25 +119,6 @@ fn chunks(input: &Input) -> Vec<Input> {
     chunks
 }
 
-/// `length` tokens drawn uniformly from a vocabulary of `vocab`: the same for the same seed, on any
-/// machine. The generator is `SplitMix64`.
-pub fn draw(vocab: usize, seed: u64, length: usize) -> Vec<i64> {
-    // Seeds that follow one another must not give sequences that overlap.
-    let mut state = mix(seed.wrapping_add(1));
-    let tokens = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        // The upper half of a product with the count: uniform up to one part in 2^64 / vocab.
-        ((u128::from(mix(state)) * vocab as u128) >> 64) as i64
-    };
-    std::iter::repeat_with(tokens).take(length).collect()
-}
-
-fn mix(state: u64) -> u64 {
-    let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
@@ -208,18 +190,6 @@ mod tests {
             assert_eq!(named(&cases, "single-token").prompt[0].ids.dim(), (1, 1));
             let greedy = cases.iter().filter(|case| case.name.starts_with("greedy"));
             assert_eq!(greedy.count(), prompts.len());
-        }
-    }
-
-    #[test]
-    fn draws_are_fixed_by_the_seed_and_fill_the_vocabulary() {
-        assert_eq!(draw(49_152, 0, 4), draw(49_152, 0, 4));
-        assert_ne!(draw(49_152, 0, 4), draw(49_152, 1, 4));
-        assert_ne!(draw(49_152, 0, 4)[1..], draw(49_152, 1, 4)[..3], "not one sequence, shifted");
-        let many = draw(10, 7, 1000);
-        for token in 0..10 {
-            let count = many.iter().filter(|&&t| t == token).count();
-            assert!((60..140).contains(&count), "{token} came {count} times");
         }
     }
 }

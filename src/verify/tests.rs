@@ -7,6 +7,7 @@ use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
 use super::toy::{Failed, Fault, Toy, VOCAB};
 use super::*;
+use crate::random::draw;
 
 const MLP_1: ModuleId = ModuleId { layer: 1, kind: ModuleKind::Mlp };
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::artifact::hash;
-use crate::verify;
+use crate::random;
 
 /// A file of items.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -179,7 +179,7 @@ impl Task {
             return self.items.iter().collect();
         };
         // Every item draws a number, and the lowest win.
-        let numbers = verify::draw(1 << 62, seed, self.items.len());
+        let numbers = random::draw(1 << 62, seed, self.items.len());
         let mut places: Vec<_> = (0..self.items.len()).collect();
         places.sort_by_key(|place| (numbers[*place], *place));
         places.truncate(limit);
