@@ -74,6 +74,10 @@ pub trait Decoder {
     /// Forgets the cache.
     fn reset(&mut self);
 
+    /// Announces how many tokens a row of the cache will hold at most; some decoders then make room
+    /// once. Holding more is no error.
+    fn reserve(&mut self, _tokens: usize) {}
+
     /// Runs `input` on top of the cache and appends to it.
     fn step(&mut self, input: &Input) -> Result<Output, Self::Error>;
 

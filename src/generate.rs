@@ -172,6 +172,7 @@ pub fn tokens<D: Decoder>(
     }
 
     decoder.reset();
+    decoder.reserve(context_length.min(prompt.len() + options.max_new_tokens));
     let mut input = Input::prompts(&[prompt.to_vec()], Logits::Last);
     let start = Instant::now();
     let mut output = decoder.step(&input).map_err(Error::Decoder)?;

@@ -19,14 +19,16 @@ mod text;
 pub mod without;
 
 pub use lower::ROUTING;
-pub use router::{RouterScores, router_scores};
+pub use router::{RouterMargins, router_margins};
 
-use skipgpt_passes::ir::{DType, Phase};
+use serde::{Deserialize, Serialize};
+use skipgpt_passes::ir::{Config, DType, Phase};
 use skipgpt_passes::validate::Validated;
 
 use graph::{Attribute, Graph};
 
-/// The oldest ONNX Runtime that runs what is emitted here, quantised weights apart.
+/// The oldest ONNX Runtime that runs what is emitted here, quantised weights and grouped attention
+/// apart.
 pub const MINIMUM_ONNXRUNTIME: &str = "1.20";
 
 /// The oldest ONNX Runtime that runs `graph` on a CPU: [`MINIMUM_ONNXRUNTIME`], or later where
@@ -37,7 +39,11 @@ pub fn minimum_onnxruntime(graph: &Graph) -> &'static str {
     if nodes.iter().any(|node| node.op == "GatherBlockQuantized") {
         // Codes in bytes.
         "1.23"
-    } else if nodes.iter().any(|node| node.op == "MatMulNBits" && eight(node)) {
+    } else if nodes
+        .iter()
+        .any(|node| node.op == "GroupQueryAttention" || (node.op == "MatMulNBits" && eight(node)))
+    {
+        // An attention bias; codes of eight bits.
         "1.22"
     } else {
         MINIMUM_ONNXRUNTIME
@@ -51,6 +57,27 @@ pub struct Options {
     pub dtype: DType,
     /// Whether the decisions are an output, [`ROUTING`].
     pub emit_routing: bool,
+    /// How attention is lowered.
+    pub attention: Attention,
+}
+
+/// How attention is lowered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attention {
+    /// `GroupQueryAttention` for steps of one token a sequence, elementary operators for chunks. Past
+    /// and present may be one buffer.
+    #[default]
+    Grouped,
+    /// Elementary operators alone: any head size, and `f32` on every provider.
+    Decomposed,
+}
+
+impl Attention {
+    /// What `config` allows: `GroupQueryAttention` rotates heads of whole sixteens.
+    pub const fn for_config(config: &Config) -> Self {
+        if config.head_dim.is_multiple_of(16) { Self::Grouped } else { Self::Decomposed }
+    }
 }
 
 /// The model is not in the phase the back end takes.

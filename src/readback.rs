@@ -216,11 +216,15 @@ fn matrices(
     let mut model = checkpoint.model.clone();
     pass::run(PASSES, &mut model, plan, |_, _| {})?;
     let options = &artifact.manifest.options;
-    let options = onnx::Options { dtype: options.dtype, emit_routing: options.emit_routing };
+    let options = onnx::Options {
+        dtype: options.dtype,
+        emit_routing: options.emit_routing,
+        attention: options.attention,
+    };
     let graph = onnx::lower(validate(&model)?, options)?;
     let placements = proto::placements(&artifact.read(names::MODEL)?)?;
     let mut all = Vec::new();
-    for initializer in &graph.initializers {
+    for initializer in graph.all_initializers() {
         let Data::Quantized(quantized) = &initializer.data else { continue };
         if quantized.part == Part::Codes {
             let place = place(&graph, quantized, &placements, artifact)?;
@@ -239,7 +243,7 @@ fn place(
 ) -> Result<packed::Place, Error> {
     let offset = |part: Part| {
         let wanted = Data::Quantized(Quantized { part, ..matrix.clone() });
-        let initializer = graph.initializers.iter().find(|tensor| tensor.data == wanted);
+        let initializer = graph.all_initializers().into_iter().find(|tensor| tensor.data == wanted);
         let name = initializer.map(|tensor| tensor.name.clone()).unwrap_or_default();
         match placements.get(&name) {
             Some(placement) => Ok(placement.offset),

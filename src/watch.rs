@@ -1,6 +1,6 @@
 //! An artifact whose decisions are watched without having been exported as an output.
 //!
-//! Every router's scores are values of the main graph, whatever the dispatch. The model file is
+//! Every router's margins are values of the main graph, whatever the dispatch. The model file is
 //! loaded from memory with those values as further outputs; the weights are the artifact's own.
 
 use std::path::PathBuf;
@@ -37,12 +37,12 @@ pub enum Error {
     /// ONNX Runtime does not run it.
     #[error(transparent)]
     Run(#[from] runtime::decoder::Error),
-    /// A router's scores have another shape than its tokens and decisions ask for.
-    #[error("{value}: expected scores of shape {expected:?}, found {found:?}")]
-    Scores {
+    /// A router's margins have another shape than its tokens and decisions ask for.
+    #[error("{value}: expected margins of shape {expected:?}, found {found:?}")]
+    Margins {
         /// The value in the graph.
         value: String,
-        /// `[tokens, 2 · decisions]`.
+        /// `[tokens, decisions]`.
         expected: [usize; 2],
         /// What came out.
         found: Vec<usize>,
@@ -98,9 +98,9 @@ impl Watched {
         let outputs: Vec<Value> = routers
             .iter()
             .map(|router| Value {
-                name: router.scores.clone(),
+                name: router.margins.clone(),
                 element: Element::Float(DType::F32),
-                shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(2 * router.modules.len())],
+                shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(router.modules.len())],
             })
             .collect();
         let bytes = proto::with_outputs(model, &outputs)?;
@@ -120,22 +120,18 @@ impl Watched {
         Ok(self.decoder.restore(entries)?)
     }
 
-    fn routing(&self, input: &Input, scores: &[ArrayD<f32>]) -> Result<Routing, Error> {
+    fn routing(&self, input: &Input, found: &[ArrayD<f32>]) -> Result<Routing, Error> {
         let shape = (input.batch(), input.sequence());
         let tokens = shape.0 * shape.1;
         let mut modules = Vec::new();
         let mut margins = Vec::new();
-        for (router, scores) in self.routers.iter().zip(scores) {
-            let decisions = router.modules.len();
-            let (value, expected) = (router.scores.clone(), [tokens, 2 * decisions]);
-            if scores.shape() != expected {
-                return Err(Error::Scores { value, expected, found: scores.shape().to_vec() });
+        for (router, found) in self.routers.iter().zip(found) {
+            let (value, expected) = (router.margins.clone(), [tokens, router.modules.len()]);
+            if found.shape() != expected {
+                return Err(Error::Margins { value, expected, found: found.shape().to_vec() });
             }
-            for (slot, module) in router.modules.iter().enumerate() {
-                let column = |i| scores.index_axis(Axis(1), i);
-                modules.push(*module);
-                margins.extend(&column(slot) - &column(decisions + slot));
-            }
+            modules.extend(&router.modules);
+            found.axis_iter(Axis(1)).for_each(|column| margins.extend(column));
         }
         let shape = (modules.len(), shape.0, shape.1);
         // Every column above has `tokens` elements.
@@ -151,9 +147,13 @@ impl Decoder for Watched {
         self.decoder.reset();
     }
 
+    fn reserve(&mut self, tokens: usize) {
+        self.decoder.reserve(tokens);
+    }
+
     fn step(&mut self, input: &Input) -> Result<Output, Error> {
-        let (output, scores) = self.decoder.step_with(input, &values(&self.routers))?;
-        let routing = Some(self.routing(input, &scores)?);
+        let (output, margins) = self.decoder.step_with(input, &values(&self.routers))?;
+        let routing = Some(self.routing(input, &margins)?);
         Ok(Output { routing, ..output })
     }
 
@@ -168,13 +168,13 @@ impl Decoder for Watched {
 
 impl Peek for Watched {
     fn peek(&mut self, input: &Input) -> Result<Output, Error> {
-        let (output, scores) = self.decoder.peek_with(input, &values(&self.routers))?;
-        let routing = Some(self.routing(input, &scores)?);
+        let (output, margins) = self.decoder.peek_with(input, &values(&self.routers))?;
+        let routing = Some(self.routing(input, &margins)?);
         Ok(Output { routing, ..output })
     }
 }
 
-/// The graph's values that hold the routers' scores.
+/// The graph's values that hold the routers' margins.
 fn values(routers: &[Router]) -> Vec<&str> {
-    routers.iter().map(|router| router.scores.as_str()).collect()
+    routers.iter().map(|router| router.margins.as_str()).collect()
 }

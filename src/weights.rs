@@ -155,6 +155,14 @@ fn window(
             }
             Ok(())
         }
+        Weight::Difference { of, minus } => {
+            let start = out.len();
+            window(of, rows.clone(), columns.clone(), sources, out)?;
+            let mut subtracted = Vec::with_capacity(out.len() - start);
+            window(minus, rows, columns, sources, &mut subtracted)?;
+            out[start..].iter_mut().zip(subtracted).for_each(|(value, minus)| *value -= minus);
+            Ok(())
+        }
         Weight::Transpose(of) => {
             let (height, width) = (columns.len(), rows.len());
             let mut block = Vec::with_capacity(height * width);

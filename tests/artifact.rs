@@ -38,7 +38,8 @@ fn lower(checkpoint: &Checkpoint, fuse: bool) -> Result<(Model, Graph, Plan)> {
     };
     let mut model = checkpoint.model.clone();
     run(PASSES, &mut model, &plan, |_, _| {})?;
-    let options = onnx::Options { dtype: DType::F32, emit_routing: true };
+    let attention = onnx::Attention::for_config(&model.config);
+    let options = onnx::Options { dtype: DType::F32, emit_routing: true, attention };
     let graph = onnx::lower(validate(&model)?, options)?;
     Ok((model, graph, plan))
 }
@@ -60,6 +61,7 @@ fn export(output: &Path, weights: manifest::Weights) -> Result<(Checkpoint, Grap
             weights,
             dispatch: None,
             emit_routing: true,
+            attention: onnx::Attention::for_config(&model.config),
             prune_below: None,
             always_above: None,
         },

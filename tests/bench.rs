@@ -11,7 +11,7 @@ use serde_json::Value;
 use skipgpt_export::artifact::{self, Artifact};
 use skipgpt_export::bench::Draws;
 use skipgpt_export::decoder::{CacheEntry, Decoder, Input, Logits, Output};
-use skipgpt_export::onnx::{RouterScores, force, without};
+use skipgpt_export::onnx::{RouterMargins, force, without};
 use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Version, session};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 use tempfile::TempDir;
@@ -73,8 +73,8 @@ impl Forced {
     fn open(path: &str) -> Self {
         let artifact = opened(path);
         let routers = artifact.manifest.routing.routers.iter();
-        let routers: Vec<RouterScores> = routers
-            .map(|r| RouterScores { value: r.scores.clone(), modules: r.modules.clone() })
+        let routers: Vec<RouterMargins> = routers
+            .map(|r| RouterMargins { value: r.margins.clone(), modules: r.modules.clone() })
             .collect();
         let bytes = artifact.read("model.onnx").unwrap();
         let (bytes, inputs) = force::with_forced(&bytes, &routers).unwrap();
@@ -86,11 +86,11 @@ impl Forced {
         let sequence = input.sequence();
         for place in &self.inputs {
             let shape = (input.ids.len(), place.modules.len());
-            let thresholds = Array2::from_shape_fn(shape, |(token, column)| {
+            let biases = Array2::from_shape_fn(shape, |(token, column)| {
                 let skips = skips(place.modules[column], token / sequence, token % sequence);
-                if skips { f32::INFINITY } else { f32::NEG_INFINITY }
+                if skips { f32::NEG_INFINITY } else { f32::INFINITY }
             });
-            self.decoder.force(&place.name, &thresholds).unwrap();
+            self.decoder.force(&place.name, &biases).unwrap();
         }
         self.decoder.step(input).unwrap()
     }

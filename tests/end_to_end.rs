@@ -101,7 +101,8 @@ pub(crate) fn export_as(
         stages.push((format!("{:02}-{}", stages.len(), pass.name()), model.clone()));
     })
     .unwrap();
-    let options = onnx::Options { dtype, emit_routing: false };
+    let attention = onnx::Attention::for_config(&model.config);
+    let options = onnx::Options { dtype, emit_routing: false, attention };
     let graph = onnx::lower(validate(&model).unwrap(), options).unwrap();
     let directory = TempDir::new().unwrap();
     let output = directory.path().join("artifact");
@@ -120,6 +121,7 @@ pub(crate) fn export_as(
             weights: if link { manifest::Weights::Link } else { manifest::Weights::Copy },
             dispatch: Some(dispatch),
             emit_routing: false,
+            attention,
             prune_below: None,
             always_above: None,
         },

@@ -348,6 +348,13 @@ pub enum Weight {
     },
     /// Matrices along the diagonal, zeros elsewhere.
     BlockDiagonal(Vec<Weight>),
+    /// Element by element, in `f32`: the margins of routers are differences of their scores' rows.
+    Difference {
+        /// What is subtracted from.
+        of: Box<Weight>,
+        /// What is subtracted, of the same shape.
+        minus: Box<Weight>,
+    },
     /// `[in, out]` of an `[out, in]` matrix.
     Transpose(Box<Weight>),
     /// The same values, rounded to another dtype.
@@ -396,7 +403,9 @@ impl Weight {
                 shape.reverse();
                 shape
             }
-            Self::Cast { of, .. } | Self::Quantized { of, .. } => of.shape(),
+            Self::Difference { of, .. } | Self::Cast { of, .. } | Self::Quantized { of, .. } => {
+                of.shape()
+            }
         }
     }
 
@@ -424,7 +433,7 @@ impl Weight {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Stored(stored) => stored.dtype,
-            Self::Merged { .. } | Self::Quantized { .. } => DType::F32,
+            Self::Merged { .. } | Self::Difference { .. } | Self::Quantized { .. } => DType::F32,
             Self::Concat(parts) | Self::BlockDiagonal(parts) => {
                 let mut dtypes = parts.iter().map(Self::dtype);
                 let first = dtypes.next().unwrap_or(DType::F32);
@@ -447,6 +456,7 @@ impl Weight {
             Self::Concat(parts) | Self::BlockDiagonal(parts) => {
                 parts.iter().flat_map(Self::stored).collect()
             }
+            Self::Difference { of, minus } => [of.stored(), minus.stored()].concat(),
             Self::Slice { of, .. }
             | Self::Transpose(of)
             | Self::Cast { of, .. }

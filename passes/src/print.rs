@@ -188,6 +188,7 @@ impl Display for Weight {
             }
             Self::Slice { of, rows } => write!(f, "{of}[{}..{}]", rows.start, rows.end),
             Self::BlockDiagonal(parts) => list(f, "blockdiag", parts),
+            Self::Difference { of, minus } => write!(f, "({of} - {minus})"),
             Self::Transpose(of) => write!(f, "transpose({of})"),
             Self::Cast { of, dtype } => write!(f, "{dtype}({of})"),
             Self::Quantized { of, scheme } => write!(f, "quantized({scheme}, {of})"),

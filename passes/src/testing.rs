@@ -265,6 +265,11 @@ pub(crate) fn evaluate(weight: &Weight) -> Vec<Vec<f64>> {
             }
             all
         }
+        Weight::Difference { of, minus } => {
+            let minus = evaluate(minus);
+            let rows = evaluate(of).into_iter().zip(minus);
+            rows.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a - b).collect()).collect()
+        }
         Weight::Transpose(of) => {
             let of = evaluate(of);
             (0..of[0].len()).map(|column| of.iter().map(|row| row[column]).collect()).collect()

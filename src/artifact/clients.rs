@@ -52,8 +52,8 @@ impl Generation {
     /// `genai_config.json`: the graph's interface as onnxruntime-genai describes one.
     ///
     /// Caches are named by pattern, so that a layer whose attention was removed may lack its own;
-    /// past and present are separate buffers, because this graph concatenates them.
-    pub fn genai(&self, config: &ir::Config) -> Value {
+    /// past and present are one buffer if the graph allows it.
+    pub fn genai(&self, config: &ir::Config, shared_buffer: bool) -> Value {
         let facts = ModelFacts::of(config);
         let mut model = Map::new();
         if let Some(bos) = self.get("bos_token_id") {
@@ -102,7 +102,7 @@ impl Generation {
                 "no_repeat_ngram_size": search("no_repeat_ngram_size", json!(0)),
                 "num_beams": 1,
                 "num_return_sequences": 1,
-                "past_present_share_buffer": false,
+                "past_present_share_buffer": shared_buffer,
                 "repetition_penalty": search("repetition_penalty", json!(1.0)),
                 "temperature": search("temperature", json!(1.0)),
                 "top_k": search("top_k", json!(50)),
@@ -152,7 +152,7 @@ mod tests {
             r#"{"eos_token_id": 2, "bos_token_id": 1}"#,
             Some(r#"{"eos_token_id": [7, 8], "temperature": 0.6, "do_sample": true}"#),
         );
-        let genai = both.genai(&crate::artifact::testing::config());
+        let genai = both.genai(&crate::artifact::testing::config(), false);
         assert_eq!(genai["model"]["eos_token_id"], json!([7, 8]));
         assert_eq!(genai["model"]["pad_token_id"], json!(7));
         assert_eq!(genai["model"]["bos_token_id"], json!(1));

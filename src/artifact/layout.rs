@@ -54,10 +54,13 @@ pub enum Written<'a> {
 }
 
 impl<'a> Layout<'a> {
-    /// Every weight in `model.onnx.data`; equal weights once.
+    /// Every weight in `model.onnx.data`; equal weights once, and rows of another weight inside of it.
     pub fn copy(graph: &'a Graph) -> Self {
         let mut layout = Self::default();
-        for initializer in &graph.initializers {
+        let all = graph.all_initializers();
+        let (inside, whole): (Vec<&Initializer>, Vec<_>) =
+            all.iter().partition(|tensor| is_inside_another(&all, tensor));
+        for initializer in whole.into_iter().chain(inside) {
             match &initializer.data {
                 Data::Inline(_) => {}
                 Data::Weight(weight) => layout.write(initializer, weight),
@@ -77,7 +80,7 @@ impl<'a> Layout<'a> {
         let mut layout = Self::default();
         let mut changed = Vec::new();
         let is_quantized = |tensor: &&Initializer| matches!(tensor.data, Data::Quantized(_));
-        if let Some(initializer) = graph.initializers.iter().find(is_quantized) {
+        if let Some(initializer) = graph.all_initializers().into_iter().find(is_quantized) {
             let (name, reason) = (initializer.name.clone(), Unlinkable::Quantized);
             return Err(Error::Unlinkable { name, reason });
         }
@@ -110,11 +113,13 @@ impl<'a> Layout<'a> {
 
     fn write(&mut self, initializer: &'a Initializer, weight: &'a Weight) {
         let same = self.written.iter().find_map(|written| match written {
-            Written::Plain { offset, initializer: other, weight: other_weight } => {
-                let same = other.element == initializer.element && *other_weight == weight;
-                same.then_some(*offset)
+            Written::Plain { offset, initializer: other, weight: all }
+                if other.element == initializer.element =>
+            {
+                let row = weight.columns() as u64 * initializer.element.size() as u64;
+                first_row(all, weight).map(|first| *offset + first as u64 * row)
             }
-            Written::Quantized { .. } => None,
+            Written::Plain { .. } | Written::Quantized { .. } => None,
         });
         let offset = same.unwrap_or_else(|| {
             let offset = self.reserve(initializer.size());
@@ -127,11 +132,12 @@ impl<'a> Layout<'a> {
     fn write_quantized(&mut self, initializer: &'a Initializer, quantized: &'a Quantized) {
         let Quantized { weight, scheme, scales: dtype, part } = quantized;
         let same = self.written.iter().find_map(|written| match written {
-            Written::Quantized { weight: other, place, .. } => {
-                let same = *other == weight && (place.scheme, place.dtype) == (*scheme, *dtype);
-                same.then_some(*place)
+            Written::Quantized { weight: all, place, .. }
+                if (place.scheme, place.dtype) == (*scheme, *dtype) =>
+            {
+                first_row(all, weight).map(|first| place.from_row(first, weight.columns()))
             }
-            Written::Plain { .. } => None,
+            Written::Plain { .. } | Written::Quantized { .. } => None,
         });
         let place = same.unwrap_or_else(|| {
             let (rows, columns) = (weight.rows() as u64, weight.columns());
@@ -190,6 +196,41 @@ impl<'a> Layout<'a> {
         sources
             .location(&stored.name)
             .is_some_and(|location| self.files.iter().any(|(path, _)| path == location.path))
+    }
+}
+
+/// Whether the weight is some rows of another one of the graph.
+fn is_inside_another(all: &[&Initializer], tensor: &Initializer) -> bool {
+    all.iter().any(|other| {
+        other.element == tensor.element
+            && match (&other.data, &tensor.data) {
+                (Data::Weight(all), Data::Weight(part)) => is_part(all, part),
+                (Data::Quantized(all), Data::Quantized(part)) => {
+                    (all.scheme, all.scales, all.part) == (part.scheme, part.scales, part.part)
+                        && is_part(&all.weight, &part.weight)
+                }
+                _ => false,
+            }
+    })
+}
+
+fn is_part(all: &Weight, part: &Weight) -> bool {
+    all.rows() > part.rows() && first_row(all, part).is_some()
+}
+
+/// Where the rows of `part` begin in `all`, if they are there, whole parts of a stack.
+fn first_row(all: &Weight, part: &Weight) -> Option<usize> {
+    let (mut stack, mut wanted) = (Vec::new(), Vec::new());
+    flatten(all, &mut stack);
+    flatten(part, &mut wanted);
+    let at = stack.windows(wanted.len()).position(|window| window == wanted)?;
+    Some(stack[..at].iter().map(|part| part.rows()).sum())
+}
+
+fn flatten<'a>(weight: &'a Weight, parts: &mut Vec<&'a Weight>) {
+    match weight {
+        Weight::Concat(all) => all.iter().for_each(|part| flatten(part, parts)),
+        other => parts.push(other),
     }
 }
 

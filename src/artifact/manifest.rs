@@ -15,7 +15,7 @@ use skipgpt_passes::plan::{Plan, Quantization};
 use super::{Error, names};
 use crate::inspect::Work;
 use crate::onnx::graph::Graph;
-use crate::onnx::proto;
+use crate::onnx::{Attention, proto};
 
 mod plan;
 mod quantization;
@@ -26,7 +26,7 @@ pub use plan::{plan_to_json, read_plan};
 use spelling::{DTypeDef, auto_dispatch, dispatch, modules};
 
 /// The version of the manifest this build writes and reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Everything known about an artifact without reading its graph or weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -82,6 +82,8 @@ pub struct Options {
     pub dispatch: Option<Dispatch>,
     /// Whether the graph also gives its routing.
     pub emit_routing: bool,
+    /// How attention was lowered.
+    pub attention: Attention,
     /// Modules kept for at most this share of tokens were removed.
     pub prune_below: Option<f64>,
     /// Modules kept for at least this share of tokens lost their router.
@@ -135,7 +137,7 @@ pub struct Routing {
     /// The routed modules, in the order of the routing output: layer by layer, attention first.
     #[serde(with = "modules")]
     pub routed: Vec<ModuleId>,
-    /// The graph's values that hold the routers' scores; empty before lowering.
+    /// The graph's values that hold the routers' margins; empty before lowering.
     pub routers: Vec<Router>,
     /// How routed attention modules skip; absent where there is none, or before lowering.
     #[serde(with = "dispatch")]
@@ -151,12 +153,12 @@ pub struct Routing {
     pub always: Vec<ModuleId>,
 }
 
-/// A value of the graph: `f32` `[tokens, 2 · modules]`, keep scores before skip scores.
+/// A value of the graph: `f32` `[tokens, modules]`; a token is kept at 0 or more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Router {
     /// Its name.
-    pub scores: String,
-    /// Whose scores they are, column by column.
+    pub margins: String,
+    /// Whose margins they are, column by column.
     #[serde(with = "modules")]
     pub modules: Vec<ModuleId>,
 }
@@ -235,10 +237,10 @@ impl Routing {
             }
         }
         if model.phase == ir::Phase::Lowered {
-            let routers = crate::onnx::router_scores(model).into_iter();
+            let routers = crate::onnx::router_margins(model).into_iter();
             routing.routers = routers
-                .map(|crate::onnx::RouterScores { value, modules }| Router {
-                    scores: value,
+                .map(|crate::onnx::RouterMargins { value, modules }| Router {
+                    margins: value,
                     modules,
                 })
                 .collect();

@@ -193,6 +193,7 @@ pub(crate) fn options(weights: Weights) -> Options {
         weights,
         dispatch: None,
         emit_routing: false,
+        attention: crate::onnx::Attention::Decomposed,
         prune_below: Some(0.1),
         always_above: None,
     }

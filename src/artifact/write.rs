@@ -18,7 +18,7 @@ use super::{Error, OnProgress, Progress, Step, card, clients, names};
 use crate::checkpoint::Checkpoint;
 use crate::inspect::Work;
 use crate::onnx::graph::{Element, Graph, Initializer};
-use crate::onnx::proto;
+use crate::onnx::{Attention, proto};
 use crate::packed;
 use crate::sources::Sources;
 use crate::weights;
@@ -93,9 +93,14 @@ fn write_staged(
     if let Some(defaults) = generation.defaults() {
         outputs.json(names::GENERATION_CONFIG, &defaults)?;
     }
-    outputs.json(names::GENAI_CONFIG, &generation.genai(&model.config))?;
     let dtype = request.options.dtype.to_string();
-    let metadata = [("dtype", dtype.as_str()), ("min_onnxruntime", request.min_onnxruntime)];
+    let shared = request.options.attention == Attention::Grouped;
+    outputs.json(names::GENAI_CONFIG, &generation.genai(&model.config, shared))?;
+    let metadata = [
+        ("dtype", dtype.as_str()),
+        ("min_onnxruntime", request.min_onnxruntime),
+        (proto::SHARED_BUFFER, if shared { "true" } else { "false" }),
+    ];
     outputs.write(names::MODEL, &proto::encode(graph, &layout.placements, &metadata)?)?;
     let mut tracker = Tracker::new(progress, layout.total());
     outputs.data(&layout, &checkpoint.sources, &mut tracker)?;
@@ -288,7 +293,7 @@ fn evaluate<W: Write>(
     // A weight in an integer initializer is a bug whose bytes then do not fit either.
     let dtype = match initializer.element {
         Element::Float(dtype) => dtype,
-        Element::Int64 | Element::Uint8 | Element::Bool => ir::DType::F32,
+        Element::Int64 | Element::Int32 | Element::Uint8 | Element::Bool => ir::DType::F32,
     };
     let expected = initializer.size();
     let planned = weight.len() as u64 * dtype.size() as u64;

@@ -42,7 +42,7 @@ impl Draws {
 
 /// What a forced graph's input takes for `routing` to be its decisions: `[tokens, decisions]`.
 /// Modules that `routing` lacks keep every token.
-pub(super) fn thresholds(input: &force::Input, routing: &Routing) -> Array2<f32> {
+pub(super) fn biases(input: &force::Input, routing: &Routing) -> Array2<f32> {
     let (_, rows, sequence) = routing.margins.dim();
     let places: Vec<Option<usize>> = input
         .modules
@@ -51,7 +51,7 @@ pub(super) fn thresholds(input: &force::Input, routing: &Routing) -> Array2<f32>
         .collect();
     Array2::from_shape_fn((rows * sequence, places.len()), |(token, column)| {
         let keeps = |m| routing.keeps(m, token / sequence, token % sequence);
-        if places[column].is_none_or(keeps) { f32::NEG_INFINITY } else { f32::INFINITY }
+        if places[column].is_none_or(keeps) { f32::INFINITY } else { f32::NEG_INFINITY }
     })
 }
 
@@ -155,22 +155,22 @@ mod tests {
     }
 
     #[test]
-    fn thresholds_say_what_was_drawn() {
+    fn biases_say_what_was_drawn() {
         let modules = modules(2);
         let input = Input::prompts(&[vec![1, 2, 3], vec![4, 5, 6]], Logits::Last);
         let routing = draws(0.5).routing(&modules, &input);
         let first = force::Input { name: "forced.a".into(), modules: vec![modules[3], modules[0]] };
-        let thresholds = thresholds(&first, &routing);
-        assert_eq!(thresholds.dim(), (6, 2));
-        for ((token, column), threshold) in thresholds.indexed_iter() {
+        let biases = biases(&first, &routing);
+        assert_eq!(biases.dim(), (6, 2));
+        for ((token, column), bias) in biases.indexed_iter() {
             let m = [3, 0][column];
             let keeps = routing.keeps(m, token / 3, token % 3);
-            assert_eq!(0.0 >= *threshold, keeps, "{token}, {column}");
+            assert_eq!(*bias >= 0.0, keeps, "{token}, {column}");
             assert_eq!(!keeps, draws(0.5).skips(modules[m], token / 3, (token % 3) as i64));
         }
         let unknown =
             force::Input { name: "forced.b".into(), modules: self::modules(3)[5..].to_vec() };
-        assert!(super::thresholds(&unknown, &routing).iter().all(|t| *t == f32::NEG_INFINITY));
+        assert!(super::biases(&unknown, &routing).iter().all(|t| *t == f32::INFINITY));
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub(super) fn run(
         Ok::<Duration, Error>(start.elapsed())
     };
     opened.decoder.reset();
+    opened.decoder.reserve(script.longest());
     if script.start > 0 {
         opened.decoder.restore(rows(prefix, script.batch(), script.start))?;
     }

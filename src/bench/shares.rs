@@ -8,6 +8,7 @@ use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 use crate::artifact::manifest::Manifest;
 use crate::decoder::{Input, Routing};
 use crate::eval::{Decisions, Skipped};
+use crate::onnx::without::Stored;
 
 /// What decisions skip of the work of the tokens timed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -50,7 +51,7 @@ const fn slot(kind: ModuleKind) -> usize {
 
 impl Facts {
     /// From an artifact's manifest and the bytes of its weights by initializer.
-    pub(super) fn of(manifest: &Manifest, weights: &BTreeMap<String, u64>) -> Self {
+    pub(super) fn of(manifest: &Manifest, weights: &BTreeMap<String, Stored>) -> Self {
         let Manifest { work, routing, .. } = manifest;
         let removed = |kind| routing.removed.iter().filter(|module| module.kind == kind).count();
         let count = |kind| (manifest.model.num_hidden_layers - removed(kind)).max(1) as f64;
@@ -59,9 +60,9 @@ impl Facts {
         let has_head = weights.keys().any(|name| name.starts_with("head."));
         let read = |name: &str| !(has_head && name.starts_with("embedding"));
         let mut own: BTreeMap<ModuleId, u64> = BTreeMap::new();
-        for (name, bytes) in weights {
+        for (name, weight) in weights {
             if let Some(module) = skippable(name) {
-                *own.entry(module).or_default() += bytes;
+                *own.entry(module).or_default() += weight.bytes;
             }
         }
         Self {
@@ -74,7 +75,11 @@ impl Facts {
             cores: attention,
             saves: [computes(routing.attention_dispatch), computes(routing.mlp_dispatch)],
             weights: own,
-            all_weights: weights.iter().filter(|(name, _)| read(name)).map(|(_, b)| b).sum(),
+            all_weights: weights
+                .iter()
+                .filter(|(name, weight)| read(name) && !weight.inside)
+                .map(|(_, weight)| weight.bytes)
+                .sum(),
         }
     }
 

@@ -11,7 +11,7 @@ use super::workload::{Script, Tokens, input};
 use super::{Error, Place};
 use crate::artifact::{self, Artifact, names};
 use crate::decoder::{CacheEntry, Decoder, Input, Routing};
-use crate::onnx::{RouterScores, force, without};
+use crate::onnx::{RouterMargins, force, without};
 use crate::runtime::{OnnxDecoder, Runtime, Session, session};
 use crate::watch::Watched;
 
@@ -90,7 +90,7 @@ impl Source {
     pub(super) fn facts(&self) -> Result<Option<Facts>, Error> {
         let Some(artifact) = &self.artifact else { return Ok(None) };
         let bytes = artifact.read(names::MODEL)?;
-        Ok(Some(Facts::of(&artifact.manifest, &without::weight_bytes(&bytes)?)))
+        Ok(Some(Facts::of(&artifact.manifest, &without::weights(&bytes)?)))
     }
 
     /// Loads it in `form`.
@@ -105,8 +105,8 @@ impl Source {
             (_, None) => return Err(artifact::Error::NotAnArtifact(self.directory.clone()).into()),
             (Form::Forced, Some(artifact)) => {
                 let routers = artifact.manifest.routing.routers.iter();
-                let routers: Vec<RouterScores> = routers
-                    .map(|r| RouterScores { value: r.scores.clone(), modules: r.modules.clone() })
+                let routers: Vec<RouterMargins> = routers
+                    .map(|r| RouterMargins { value: r.margins.clone(), modules: r.modules.clone() })
                     .collect();
                 let bytes = artifact.read(names::MODEL)?;
                 (Some(force::with_forced(&bytes, &routers)?), Some(artifact))
@@ -207,7 +207,7 @@ impl Opened {
         routing: &Routing,
     ) -> Result<(), crate::runtime::decoder::Error> {
         for input in &self.inputs {
-            self.decoder.force(&input.name, &super::draws::thresholds(input, routing))?;
+            self.decoder.force(&input.name, &super::draws::biases(input, routing))?;
         }
         Ok(())
     }

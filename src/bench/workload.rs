@@ -234,6 +234,13 @@ impl Script {
         self.samples.iter().flatten().next().map_or(1, Input::batch)
     }
 
+    /// Tokens in a row of the cache after the last step, if it is read again and again: a prefill
+    /// leaves it at once.
+    pub(super) fn longest(&self) -> usize {
+        let steps = self.samples.iter().flatten().filter(|input| input.sequence() == 1);
+        steps.map(|input| input.mask.ncols()).max().unwrap_or_default()
+    }
+
     /// The steps whose tokens the samples run: every one once.
     pub(super) fn distinct(&self) -> impl Iterator<Item = &Input> {
         let samples = if self.resets { &self.samples[..1] } else { &self.samples[..] };

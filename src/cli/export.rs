@@ -9,7 +9,7 @@ use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan, safetensors};
-use skipgpt_passes::ir::{Dispatch, Model};
+use skipgpt_passes::ir::{Config, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
 use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
@@ -32,6 +32,9 @@ pub(crate) struct Arguments {
     /// How routed modules skip (ONNX)
     #[arg(long, value_enum, default_value_t = DispatchArgument::Auto)]
     dispatch: DispatchArgument,
+    /// How attention is lowered (ONNX)
+    #[arg(long, value_enum, default_value_t = AttentionArgument::Auto)]
+    attention: AttentionArgument,
     /// Keep rates that `profile` measured
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
@@ -90,6 +93,32 @@ enum DispatchArgument {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AttentionArgument {
+    /// Grouped, if heads have a width of whole sixteens
+    Auto,
+    /// `GroupQueryAttention` where there is one token a sequence; no f32 on CUDA
+    Grouped,
+    /// Elementary operators alone
+    Decomposed,
+}
+
+impl AttentionArgument {
+    fn attention(self, config: &Config) -> Result<onnx::Attention> {
+        let possible = onnx::Attention::for_config(config);
+        match self {
+            Self::Auto => Ok(possible),
+            Self::Decomposed => Ok(onnx::Attention::Decomposed),
+            Self::Grouped if possible == onnx::Attention::Grouped => Ok(possible),
+            Self::Grouped => bail!(
+                "--attention grouped: GroupQueryAttention rotates heads of whole sixteens; this \
+                 model's head_dim is {}",
+                config.head_dim
+            ),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum WeightsArgument {
     /// Into the artifact's own file
     Copy,
@@ -113,6 +142,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let start = Instant::now();
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;
+    let attention = arguments.attention.attention(&checkpoint.model.config)?;
     let passes = match (&arguments.stop_after, arguments.format) {
         (Some(name), _) => registry::through(name)?,
         (None, FormatArgument::Onnx) => PASSES,
@@ -140,6 +170,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
             let options = onnx::Options {
                 dtype: arguments.precision.float(),
                 emit_routing: arguments.emit_routing,
+                attention,
             };
             let graph = onnx::lower(validate(&model)?, options)?;
             artifact::write(
@@ -151,7 +182,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                     checkpoint: &checkpoint,
                     plan: &plan,
                     passes: &names,
-                    options: recorded(arguments),
+                    options: recorded(arguments, attention),
                     min_onnxruntime: onnx::minimum_onnxruntime(&graph),
                 },
                 &mut progress,
@@ -166,7 +197,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                     checkpoint: &checkpoint,
                     plan: &plan,
                     passes: &names,
-                    options: recorded(arguments),
+                    options: recorded(arguments, attention),
                     dtype: (arguments.precision.dtype != PrecisionArgument::F32)
                         .then_some(arguments.precision.float()),
                 },
@@ -247,7 +278,7 @@ fn show(dump: Option<&Path>, print: bool, number: usize, pass: &str, model: &Mod
 }
 
 /// What the manifest says was asked for.
-fn recorded(arguments: &Arguments) -> manifest::Options {
+fn recorded(arguments: &Arguments, attention: onnx::Attention) -> manifest::Options {
     let planned = arguments.plan.is_some();
     manifest::Options {
         format: match arguments.format {
@@ -261,6 +292,7 @@ fn recorded(arguments: &Arguments) -> manifest::Options {
         },
         dispatch: arguments.dispatch.dispatch().filter(|_| !planned),
         emit_routing: arguments.emit_routing,
+        attention,
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,
     }

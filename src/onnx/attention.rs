@@ -1,19 +1,29 @@
 //! The attention module. Keys and values are computed for every token, whatever the decision, and
 //! always enter the cache; only the query, the core and the output projection are skipped.
 //!
-//! The core is written out rather than fused: `GroupQueryAttention` assumes padding on the right and
-//! refuses batches of chunks on top of a cache.
+//! A conditional module stands in the graph twice, over the same weights. For a step of one token
+//! there is nothing to gather: either everything runs, with q, k and v in one product, or k and v
+//! alone, which are rows of the same matrix. For several tokens k and v are computed for all, q and
+//! o for those that are kept. Each of these products has an initializer of its own, over the same
+//! bytes: ONNX Runtime packs no weight that two nodes share, and without that a product in few bits is
+//! ten times slower.
 
-use std::collections::BTreeSet;
-
-use skipgpt_passes::ir::{Attention, Config, DType, KeyValue, Linear, Model, ModuleId, Weight};
+use skipgpt_passes::ir::{Attention, Config, Dispatch, ModuleId};
 
 use super::builder::{Builder, Name};
-use super::dispatch;
-use super::graph::{Attribute, Element};
-use super::lower::Shared;
+use super::dispatch::{self, Rows};
+use super::graph::Dim;
 use super::router::Decision;
 use super::stream::Stream;
+
+mod core;
+mod heads;
+mod shared;
+
+pub(super) use shared::{Shared, preamble};
+
+use core::Cache;
+use heads::{Projected, heads_first};
 
 /// Where the module stands and what it may use.
 struct Context<'a> {
@@ -23,6 +33,9 @@ struct Context<'a> {
     layer: usize,
     name: String,
 }
+
+/// What a module gives inside of a branch: its rows, and the caches of keys and values.
+type WithCache = [Name; 3];
 
 /// Adds the module to the residual stream.
 pub(super) fn lower(
@@ -35,249 +48,185 @@ pub(super) fn lower(
 ) -> Stream {
     let name = module.to_string();
     let c = Context { shared, config, attention, layer: module.layer, name };
-    let (name, heads) = (&c.name, config.num_attention_heads);
-    let (normed, x) = stream.norm(b, &format!("{name}.norm"), &attention.norm, config.rms_norm_eps);
+    let (name, norm) = (c.name.clone(), format!("{}.norm", c.name));
+    let (normed, x) = stream.norm(b, &norm, &attention.norm, config.rms_norm_eps);
     match decision.filter(|decision| decision.gathers()) {
         None => {
-            let [q, k, v] = c.every_head(b, &normed);
-            let cache = c.append(b, &k, &v);
-            let context = c.core(b, &q, &cache);
+            let projected = c.project_all(b, &name, &normed);
+            let [context, ..] = c.core(b, &projected);
             let change = b.linear(&format!("{name}.o"), &context, &attention.o, b.dtype);
-            dispatch::whole(b, decision, name, x, change)
+            dispatch::whole(b, decision, &name, x, change)
+        }
+        Some(decision) if shared.grouped.is_none() => {
+            Stream::Value(c.appended(b, decision, &x, &normed))
+        }
+        Some(decision) if decision.dispatch == Dispatch::Conditional => {
+            Stream::Value(c.conditional(b, decision, &x, &normed))
         }
         Some(decision) => {
-            let [k, v] = c.key_value_heads(b, &normed);
-            let cache = c.append(b, &k, &v);
-            dispatch::kept_rows(b, decision, config.hidden_size, &x, |b, rows| {
-                let kept = rows.gather(b, &format!("{name}.rows"), &normed);
-                let q = b.linear(&format!("{name}.q"), &kept, &attention.q, b.dtype);
-                let q = rows.scatter(b, &format!("{name}.q.all"), c.zero_queries(), &q);
-                let q = c.heads_first(b, "q", &q, heads, attention.q_norm.as_ref());
-                let context = c.core(b, &q, &cache);
-                let context = rows.gather(b, &format!("{name}.context.rows"), &context);
-                b.linear(&format!("{name}.o"), &context, &attention.o, b.dtype)
-            })
+            let outputs = c.outputs(&format!("{name}.output"));
+            let [output, ..] = c.several(b, decision, &x, &normed, outputs);
+            Stream::Value(output)
         }
     }
-}
-
-/// What is added to every layer's scores, `[batch, 1, group · sequence, total]`, a group being the
-/// queries that share a key: 0 where the key is real and not later than the query, the dtype's lowest number elsewhere (infinity would make the rows of
-/// padding NaN).
-pub(super) fn bias(b: &mut Builder, config: &Config, zero: &str, one: &str) -> Name {
-    let mask_shape = b.op("mask.shape", "Shape", &["attention_mask"]);
-    let total = b.op("mask.total", "Gather", &[&mask_shape, one]);
-    let sequence = b.op("mask.sequence", "Gather", &["shapes.ids", one]);
-    let past = b.op("mask.past", "Sub", &[&total, &sequence]);
-    let keys = b.op("mask.keys", "Range", &[zero, &total, one]);
-    let queries = b.op("mask.queries", "Range", &[&past, &total, one]);
-    let column = b.ints("shapes.column", &[-1, 1]);
-    let queries = b.op("mask.query_column", "Reshape", &[&queries, &column]);
-    let causal = b.op("mask.causal", "LessOrEqual", &[&keys, &queries]);
-    let real = b.cast_to("mask.real", "attention_mask", Element::Bool);
-    let middle = b.ints("constants.middle_axes", &[1, 2]);
-    let real = b.op("mask.real_keys", "Unsqueeze", &[&real, &middle]);
-    let allowed = b.op("mask.allowed", "And", &[&real, &causal]);
-    let lowest = match b.dtype {
-        DType::F32 | DType::BF16 => f32::from_bits(0xff7f_0000),
-        DType::F16 => half::f16::MIN.to_f32(),
-    };
-    let open = b.floats("constants.zero.f32", &[], &[0.0]);
-    let closed = b.floats("constants.lowest", &[], &[lowest]);
-    let bias = b.op("mask.bias.f32", "Where", &[&allowed, &open, &closed]);
-    let bias = b.rounded("mask.bias", &bias);
-    let group = config.num_attention_heads / config.num_key_value_heads;
-    if group == 1 {
-        return bias;
-    }
-    let axis = vec![("axis", Attribute::Int(2))];
-    b.op_with("mask.bias.groups", "Concat", &vec![bias.as_str(); group], axis)
-}
-
-/// Zeros for the queries of every token, `[tokens, heads · head_dim]`: where kept rows are written.
-pub(super) fn zero_queries(b: &mut Builder, config: &Config) -> Name {
-    let width = b.ints("shapes.query_width", &[query_width(config) as i64]);
-    let flat = b.ints("shapes.flat", &[-1]);
-    let tokens = b.op("shapes.tokens.vector", "Reshape", &["shapes.tokens", &flat]);
-    let axis = vec![("axis", Attribute::Int(0))];
-    let shape = b.op_with("shapes.queries", "Concat", &[&tokens, &width], axis);
-    let zero = b.zero("constants.zero.hidden");
-    b.op("attention.zero_queries", "Expand", &[&zero, &shape])
-}
-
-fn query_width(config: &Config) -> usize {
-    config.num_attention_heads * config.head_dim
 }
 
 impl Context<'_> {
-    fn zero_queries(&self) -> &str {
-        self.shared.zero_queries.as_deref().unwrap_or_default()
+    /// The names of the module's rows and caches, the rows being called `rows`.
+    fn outputs(&self, rows: &str) -> WithCache {
+        let cache = |part| format!("present.{}.{part}", self.layer);
+        [rows.to_owned(), cache("key"), cache("value")]
     }
 
-    /// Queries, keys and values of every token, `[batch, heads, sequence, head_dim]` each: one
-    /// product where projections may be rearranged.
-    fn every_head(&self, b: &mut Builder, normed: &str) -> [Name; 3] {
-        let Attention { q, q_norm, .. } = self.attention;
-        let (heads, groups) = (self.config.num_attention_heads, self.config.num_key_value_heads);
-        if let Some(linear) = every_projection(self.attention) {
-            let parts = [("q", heads), ("k", groups), ("v", groups)];
-            return self.split_heads(b, "qkv", normed, &linear, parts);
-        }
-        let q = b.linear(&format!("{}.q", self.name), normed, q, b.dtype);
-        let q = self.heads_first(b, "q", &q, heads, q_norm.as_ref());
-        let [k, v] = self.key_value_heads(b, normed);
-        [q, k, v]
+    /// The same inside of a branch.
+    fn inner(&self, place: &str) -> WithCache {
+        ["rows", "key", "value"].map(|part| format!("{}.{place}.{part}", self.name))
     }
 
-    /// Keys and values of every token, `[batch, kv_heads, sequence, head_dim]` each.
-    fn key_value_heads(&self, b: &mut Builder, normed: &str) -> [Name; 2] {
-        let (name, groups) = (&self.name, self.config.num_key_value_heads);
-        let norm = self.attention.k_norm.as_ref();
-        let [k, v] = match &self.attention.kv {
-            KeyValue::Fused(linear) if norm.is_none() => {
-                return self.split_heads(b, "kv", normed, linear, [("k", groups), ("v", groups)]);
-            }
-            KeyValue::Fused(linear) => {
-                let both = b.linear(&format!("{name}.kv"), normed, linear, b.dtype);
-                b.split(&format!("{name}.kv"), &both, 1, ["k", "v"])
-            }
-            KeyValue::Separate { k, v } => {
-                [("k", k), ("v", v)].map(|(part, linear): (_, &Linear)| {
-                    b.linear(&format!("{name}.{part}"), normed, linear, b.dtype)
-                })
-            }
+    /// The shapes of rows of `width` and of the caches.
+    fn shapes(&self, rows: Dim, width: usize) -> [Vec<Dim>; 3] {
+        let Config { num_key_value_heads, head_dim, .. } = *self.config;
+        let (heads, width_of_head) = (Dim::Fixed(num_key_value_heads), Dim::Fixed(head_dim));
+        // The cached tokens, or more where the buffer is longer.
+        let length = Dim::Open;
+        let cache = vec![Dim::Symbolic("batch"), heads, length, width_of_head];
+        [vec![rows, Dim::Fixed(width)], cache.clone(), cache]
+    }
+
+    /// A branch that gives rows of `width` and the caches, under `names`.
+    fn branch(
+        &self,
+        b: &mut Builder,
+        names: &WithCache,
+        (rows, width): (Dim, usize),
+        condition: &str,
+        then: impl FnOnce(&mut Builder) -> WithCache,
+        otherwise: impl FnOnce(&mut Builder) -> WithCache,
+    ) -> WithCache {
+        let [of_rows, of_keys, of_values] = self.shapes(rows, width);
+        let [rows, key, value] = names.each_ref().map(String::as_str);
+        let outputs = [(rows, of_rows), (key, of_keys), (value, of_values)];
+        b.branch(&outputs, condition, then, otherwise)
+    }
+
+    /// Where nothing but elementary operators may be used: the cache first, then the kept rows.
+    fn appended(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
+        let [k, v] = self.keys_and_values(b, &self.name, normed);
+        let [k, v] = [("k", k), ("v", v)]
+            .map(|(part, x)| heads_first(b, &format!("{}.{part}", self.name), &x, self.groups()));
+        let cache = self.append(b, &self.name, &k, &v, self.outputs(""));
+        let output = format!("{}.output", self.name);
+        let run = |b: &mut Builder, output: &str| {
+            let rows = Rows::of(b, decision);
+            let q = self.kept_queries(b, &rows, normed);
+            let context = if decision.dispatch == Dispatch::Conditional {
+                self.kept_core(b, &rows, &q, &cache)
+            } else {
+                let context = self.core_in_place(b, &self.name, &rows, &q, &cache);
+                rows.gather(b, &format!("{}.context.rows", self.name), &context)
+            };
+            self.add_output(b, &rows, x, &context, output)
         };
-        [self.heads_first(b, "k", &k, groups, norm), self.heads_first(b, "v", &v, groups, None)]
+        if decision.dispatch != Dispatch::Conditional {
+            return run(b, &output);
+        }
+        let width = self.config.hidden_size;
+        let kept = format!("{}.kept.output", self.name);
+        let then = |b: &mut Builder| run(b, &kept);
+        dispatch::if_any(b, decision, &output, width, x, then)
     }
 
-    /// One projection onto the heads of several parts, heads first.
-    fn split_heads<const N: usize>(
+    /// One token or several.
+    fn conditional(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
+        let outputs = self.outputs(&format!("{}.output", self.name));
+        let rows = (Dim::Symbolic("tokens"), self.config.hidden_size);
+        let one = |b: &mut Builder| {
+            let run = |b: &mut Builder| self.one_kept(b, x, normed);
+            let skip = |b: &mut Builder| self.one_skipped(b, x, normed);
+            self.branch(b, &self.inner("one"), rows, decision.any(), run, skip)
+        };
+        let several = |b: &mut Builder| self.several(b, decision, x, normed, self.inner("several"));
+        let [output, ..] = self.branch(b, &outputs, rows, &self.shared.one_token, one, several);
+        output
+    }
+
+    /// A step of one token that is kept.
+    fn one_kept(&self, b: &mut Builder, x: &str, normed: &str) -> WithCache {
+        let place = format!("{}.one.kept", self.name);
+        let names = ["context", "key", "value"].map(|part| format!("{place}.{part}"));
+        let projected = self.project_all(b, &place, normed);
+        let [context, key, value] = self.grouped(b, &place, &projected, &names);
+        let change = b.linear(&format!("{place}.o"), &context, &self.attention.o, b.dtype);
+        [b.op(&format!("{place}.output"), "Add", &[x, &change]), key, value]
+    }
+
+    /// A step of one token that is skipped: its key and value enter the cache all the same.
+    fn one_skipped(&self, b: &mut Builder, x: &str, normed: &str) -> WithCache {
+        let place = format!("{}.one.skipped", self.name);
+        let [k, v] = self.keys_and_values(b, &place, normed);
+        let [key, value] = self.append_grouped(b, &place, &k, &v);
+        [b.op(&format!("{place}.output"), "Identity", &[x]), key, value]
+    }
+
+    /// Any number of tokens, of which some are kept, perhaps none.
+    fn several(
         &self,
         b: &mut Builder,
-        part: &str,
-        normed: &str,
-        linear: &Linear,
-        parts: [(&str, usize); N],
-    ) -> [Name; N] {
-        let all = b.linear(&format!("{}.{part}", self.name), normed, linear, b.dtype);
-        let heads = parts.iter().map(|(_, heads)| heads).sum();
-        let all = self.heads_first(b, part, &all, heads, None);
-        b.split_sizes(&format!("{}.{part}", self.name), &all, 1, parts)
-    }
-
-    /// The caches with the new tokens' keys, rotated, and values, `[batch, kv_heads, total,
-    /// head_dim]` each.
-    fn append(&self, b: &mut Builder, k: &str, v: &str) -> [Name; 2] {
-        let k = self.rotate(b, "k", k);
-        [("key", k.as_str()), ("value", v)].map(|(part, new)| {
-            let past = format!("past_key_values.{}.{part}", self.layer);
-            let axis = vec![("axis", Attribute::Int(2))];
-            b.op_with(&format!("present.{}.{part}", self.layer), "Concat", &[&past, new], axis)
-        })
-    }
-
-    /// `[tokens, heads · head_dim]` as `[batch, heads, sequence, head_dim]`, each head normed where
-    /// the model does so.
-    fn heads_first(
-        &self,
-        b: &mut Builder,
-        part: &str,
+        decision: &Decision,
         x: &str,
-        heads: usize,
-        norm: Option<&Weight>,
-    ) -> Name {
-        let name = format!("{}.{part}", self.name);
-        let shape = heads_shape(heads);
-        let mut split = b.op(&format!("{name}.heads"), "Reshape", &[x, &shape]);
-        if let Some(norm) = norm {
-            split = b.rms_norm(&format!("{name}.norm"), &split, norm, self.config.rms_norm_eps);
-        }
-        b.op_with(&format!("{name}.heads_first"), "Transpose", &[&split], swap_middle())
-    }
-
-    /// Turns each head by its token's angles; `x` is `[batch, heads, sequence, head_dim]`.
-    fn rotate(&self, b: &mut Builder, part: &str, x: &str) -> Name {
-        let Shared { rows, cos, sin, .. } = self.shared;
-        let name = format!("{}.{part}.rotated", self.name);
-        b.microsoft(&name, "RotaryEmbedding", &[x, rows, cos, sin], vec![])
-    }
-
-    /// `softmax(q · Kᵀ / √head_dim + bias) · V` of queries `[batch, heads, sequence, head_dim]`,
-    /// before rotation: `[tokens, heads · head_dim]`.
-    ///
-    /// The queries that share a key are rows of one matrix, so keys and values need no copies.
-    fn core(&self, b: &mut Builder, q: &str, [key, value]: &[Name; 2]) -> Name {
-        let (name, config) = (&self.name, self.config);
-        let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-        let width = config.head_dim as i64;
-        let regroup = |b: &mut Builder, name: &str, x: Name, count: usize| {
-            if heads == groups {
-                return x;
-            }
-            let shape = b.ints(&format!("shapes.group.{count}"), &[0, count as i64, -1, width]);
-            b.op(name, "Reshape", &[&x, &shape])
+        normed: &str,
+        [output, key, value]: WithCache,
+    ) -> WithCache {
+        let place = format!("{}.several", self.name);
+        let [k, v] = self.keys_and_values(b, &place, normed);
+        let rows = Rows::of(b, decision);
+        let q = self.kept_queries(b, &rows, normed);
+        let step = |b: &mut Builder| {
+            let place = format!("{place}.step");
+            let names = ["context", "key", "value"].map(|part| format!("{place}.{part}"));
+            let q = rows.scatter(b, &format!("{place}.q"), self.zero_queries(), &q);
+            let projected = Projected::Apart([q, k.clone(), v.clone()]);
+            let [context, key, value] = self.grouped(b, &place, &projected, &names);
+            [rows.gather(b, &format!("{place}.context.rows"), &context), key, value]
         };
-        let q = self.rotate(b, "q", q);
-        let q = regroup(b, &format!("{name}.q.groups"), q, groups);
-        let scale = 1.0 / (config.head_dim as f64).sqrt();
-        let scores = b.microsoft(
-            &format!("{name}.scores"),
-            "FusedMatMul",
-            &[&q, key],
-            vec![("alpha", Attribute::Float(scale as f32)), ("transB", Attribute::Int(1))],
-        );
-        let biased = b.op(&format!("{name}.scores.biased"), "Add", &[&scores, &self.shared.bias]);
-        let axis = vec![("axis", Attribute::Int(-1))];
-        let shares = b.op_with(&format!("{name}.shares"), "Softmax", &[&biased], axis);
-        let mixed = b.op(&format!("{name}.mixed.groups"), "MatMul", &[&shares, value]);
-        let mixed = regroup(b, &format!("{name}.mixed"), mixed, heads);
-        let mixed =
-            b.op_with(&format!("{name}.mixed.tokens"), "Transpose", &[&mixed], swap_middle());
-        let flat = b.ints("shapes.queries.flat", &[-1, query_width(config) as i64]);
-        b.op(&format!("{name}.context"), "Reshape", &[&mixed, &flat])
+        let chunk = |b: &mut Builder| {
+            let place = format!("{place}.chunk");
+            let names = ["", "key", "value"].map(|part| format!("{place}.{part}"));
+            let k = heads_first(b, &format!("{place}.k"), &k, self.groups());
+            let v = heads_first(b, &format!("{place}.v"), &v, self.groups());
+            let cache = self.append(b, &place, &k, &v, names);
+            let context = if decision.dispatch == Dispatch::Conditional {
+                let run = |b: &mut Builder| [self.kept_core(b, &rows, &q, &cache)];
+                let skip = |b: &mut Builder| [b.op(&format!("{place}.none"), "Identity", &[&q])];
+                let [shape, ..] = self.shapes(Dim::Open, self.query_width());
+                let name = format!("{place}.context");
+                let [context] = b.branch(&[(&name, shape)], decision.any(), run, skip);
+                context
+            } else {
+                let context = self.core_in_place(b, &place, &rows, &q, &cache);
+                rows.gather(b, &format!("{place}.context.rows"), &context)
+            };
+            let Cache { present: [key, value], .. } = cache;
+            [context, key, value]
+        };
+        let context = format!("{}.context.kept", self.name);
+        let kept = (Dim::Open, self.query_width());
+        let single = &self.shared.single;
+        let [context, key, value] =
+            self.branch(b, &[context, key, value], kept, single, step, chunk);
+        [self.add_output(b, &rows, x, &context, &output), key, value]
     }
-}
 
-/// q, k and v as one projection, where k and v already are one and no head is normed.
-fn every_projection(attention: &Attention) -> Option<Linear> {
-    let Attention { q, kv: KeyValue::Fused(kv), q_norm: None, k_norm: None, .. } = attention else {
-        return None;
-    };
-    let join = |q: &Weight, kv: &Weight| Weight::Concat(vec![q.clone(), kv.clone()]);
-    let bias = match (&q.bias, &kv.bias) {
-        (None, None) => None,
-        (Some(q), Some(kv)) => Some(join(q, kv)),
-        _ => return None,
-    };
-    Some(Linear { weight: join(&q.weight, &kv.weight), bias, lora: None })
-}
-
-fn swap_middle() -> Vec<(&'static str, Attribute)> {
-    vec![("perm", Attribute::Ints(vec![0, 2, 1, 3]))]
-}
-
-/// The name of the shape `[batch, sequence, heads, head_dim]`.
-fn heads_shape(heads: usize) -> Name {
-    format!("shapes.heads.{heads}")
-}
-
-/// The shapes `[batch, sequence, heads, head_dim]` of every number of heads in use.
-pub(super) fn head_shapes(b: &mut Builder, model: &Model) {
-    let config = &model.config;
-    let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-    let mut counts = BTreeSet::new();
-    for attention in model.layers.iter().filter_map(|layer| layer.attention.as_ref()) {
-        let fused = matches!(attention.kv, KeyValue::Fused(_)) && attention.k_norm.is_none();
-        if !dispatch::gathers(&attention.routing) && every_projection(attention).is_some() {
-            counts.insert(heads + 2 * groups);
-        } else {
-            counts.extend([heads, if fused { 2 * groups } else { groups }]);
-        }
-    }
-    for count in counts {
-        let name = heads_shape(count);
-        let split = b.ints(&format!("{name}.split"), &[count as i64, config.head_dim as i64]);
-        let axis = vec![("axis", Attribute::Int(0))];
-        b.op_with(&name, "Concat", &["shapes.ids", &split], axis);
+    /// `x` with the change of the kept rows, from their context, added.
+    fn add_output(
+        &self,
+        b: &mut Builder,
+        rows: &Rows,
+        x: &str,
+        context: &str,
+        output: &str,
+    ) -> Name {
+        let change = b.linear(&format!("{}.o", self.name), context, &self.attention.o, b.dtype);
+        rows.add(b, output, x, &change)
     }
 }

@@ -14,7 +14,11 @@ pub(super) struct Builder {
     /// The dtype of weights, hidden states and caches.
     pub(super) dtype: DType,
     nodes: Vec<Node>,
-    initializers: Vec<Initializer>,
+    /// Small values that any graph may read.
+    constants: Vec<Initializer>,
+    /// Of the graph or branch under construction: ONNX Runtime packs no weight from two graphs further
+    /// out.
+    weights: Vec<Initializer>,
 }
 
 /// A value's name.
@@ -22,7 +26,7 @@ pub(super) type Name = String;
 
 impl Builder {
     pub(super) fn new(dtype: DType) -> Self {
-        Self { dtype, nodes: Vec::new(), initializers: Vec::new() }
+        Self { dtype, nodes: Vec::new(), constants: Vec::new(), weights: Vec::new() }
     }
 
     /// A node with one output, which gives it its name.
@@ -54,14 +58,14 @@ impl Builder {
         name.to_owned()
     }
 
-    /// `norm(x + change)`, the sum being the fourth output.
-    pub(super) fn skip_norm(
+    /// As [`Self::microsoft`], with several outputs; `""` leaves an optional one out.
+    pub(super) fn microsoft_outputs(
         &mut self,
+        op: &'static str,
         inputs: &[&str],
         outputs: &[&str],
         attributes: Vec<(&'static str, Attribute)>,
     ) {
-        let op = "SkipSimplifiedLayerNormalization";
         self.node(outputs[0], MICROSOFT, op, inputs, outputs, attributes);
     }
 
@@ -118,32 +122,44 @@ impl Builder {
         outputs
     }
 
-    /// `then` if `condition`, which has one element, else `otherwise`; both build one value of
-    /// shape `[tokens, width]`.
-    pub(super) fn branch(
+    /// `then` if `condition`, which has one element, else `otherwise`; both build values of these
+    /// shapes, in the model's dtype. Their names must be of their own: a branch cannot give a value
+    /// of the graph around it.
+    pub(super) fn branch<const N: usize>(
         &mut self,
-        name: &str,
+        outputs: &[(&str, Vec<Dim>); N],
         condition: &str,
-        width: usize,
-        then: impl FnOnce(&mut Self) -> Name,
-        otherwise: impl FnOnce(&mut Self) -> Name,
-    ) -> Name {
-        let then = self.body(&format!("{name}.then"), width, then);
-        let otherwise = self.body(&format!("{name}.else"), width, otherwise);
+        then: impl FnOnce(&mut Self) -> [Name; N],
+        otherwise: impl FnOnce(&mut Self) -> [Name; N],
+    ) -> [Name; N] {
+        let name = outputs.first().map(|(name, _)| *name).unwrap_or_default();
+        let shapes = outputs.each_ref().map(|(_, shape)| shape);
+        let then = self.body(&format!("{name}.then"), shapes, then);
+        let otherwise = self.body(&format!("{name}.else"), shapes, otherwise);
         let branches = vec![
             ("else_branch", Attribute::Graph(otherwise)),
             ("then_branch", Attribute::Graph(then)),
         ];
-        self.op_with(name, "If", &[condition], branches)
+        let names = outputs.each_ref().map(|(name, _)| *name);
+        self.node(name, "", "If", &[condition], &names, branches);
+        names.map(str::to_owned)
     }
 
-    fn body(&mut self, name: &str, width: usize, build: impl FnOnce(&mut Self) -> Name) -> Graph {
-        let outer = std::mem::take(&mut self.nodes);
-        let output = build(self);
-        let nodes = std::mem::replace(&mut self.nodes, outer);
-        let shape = vec![Dim::Symbolic("tokens"), Dim::Fixed(width)];
-        let output = Value { name: output, element: Element::Float(self.dtype), shape };
-        Graph { name: name.to_owned(), outputs: vec![output], nodes, ..Graph::default() }
+    fn body<const N: usize>(
+        &mut self,
+        name: &str,
+        shapes: [&Vec<Dim>; N],
+        build: impl FnOnce(&mut Self) -> [Name; N],
+    ) -> Graph {
+        let outer = (std::mem::take(&mut self.nodes), std::mem::take(&mut self.weights));
+        let outputs = build(self);
+        let nodes = std::mem::replace(&mut self.nodes, outer.0);
+        let initializers = std::mem::replace(&mut self.weights, outer.1);
+        let element = Element::Float(self.dtype);
+        let outputs = outputs.into_iter().zip(shapes);
+        let outputs =
+            outputs.map(|(name, shape)| Value { name, element, shape: shape.clone() }).collect();
+        Graph { name: name.to_owned(), outputs, nodes, initializers, ..Graph::default() }
     }
 
     /// A constant vector of integers, shared by name. Integers stay inside the model file: ONNX
@@ -176,8 +192,8 @@ impl Builder {
             shape: shape.to_vec(),
             data: Data::Inline(bytes),
         };
-        if !self.initializers.contains(&constant) {
-            self.initializers.push(constant);
+        if !self.constants.contains(&constant) {
+            self.constants.push(constant);
         }
         name.to_owned()
     }
@@ -198,17 +214,19 @@ impl Builder {
         name.to_owned()
     }
 
-    /// A constant whose name no other has.
+    /// A weight whose name no other has.
     pub(super) fn initializer(&mut self, initializer: Initializer) {
-        self.initializers.push(initializer);
+        self.weights.push(initializer);
     }
 
     /// `x · Wᵀ + bias` for `x` `[tokens, in]`: `[tokens, out]`. The weight keeps the checkpoint's
     /// `[out, in]`, which `Gemm` takes as it is. A weight in few bits has an operator of its own.
     pub(super) fn linear(&mut self, name: &str, x: &str, linear: &Linear, dtype: DType) -> Name {
         if let Some(weight) = quantized(&linear.weight) {
-            let Some(bias) = &linear.bias else { return self.matmul_bits(name, x, weight, dtype) };
-            let product = self.matmul_bits(&format!("{name}.product"), x, weight, dtype);
+            let Some(bias) = &linear.bias else {
+                return self.matmul_bits(name, name, x, weight, dtype);
+            };
+            let product = self.matmul_bits(&format!("{name}.product"), name, x, weight, dtype);
             let bias = self.weight_as(&format!("{name}.bias"), bias, dtype);
             return self.op(name, "Add", &[&product, &bias]);
         }
@@ -268,7 +286,7 @@ impl Builder {
             inputs,
             outputs,
             nodes: self.nodes,
-            initializers: self.initializers,
+            initializers: [self.constants, self.weights].concat(),
         }
     }
 }

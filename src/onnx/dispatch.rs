@@ -4,7 +4,7 @@
 use skipgpt_passes::ir::{DType, Dispatch, Routing};
 
 use super::builder::{Builder, Name};
-use super::graph::{Attribute, Element};
+use super::graph::{Attribute, Dim};
 use super::router::Decision;
 use super::stream::Stream;
 
@@ -25,6 +25,11 @@ pub(super) fn gathers(routing: &Routing) -> bool {
         routing,
         Routing::Routed { dispatch: Some(Dispatch::Gathered | Dispatch::Conditional), .. }
     )
+}
+
+/// Whether a module with this routing is entered by a branch.
+pub(super) fn branches(routing: &Routing) -> bool {
+    matches!(routing, Routing::Routed { dispatch: Some(Dispatch::Conditional), .. })
 }
 
 impl Decision {
@@ -69,25 +74,54 @@ pub(super) fn kept_rows(
 ) -> Stream {
     let name = &decision.place;
     let output = format!("{name}.output");
-    let keep = decision.vector(b);
-    let axis = vec![("axis", Attribute::Int(0))];
-    let indices = b.op_with(&format!("{name}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
-    let rows = Rows { keep, indices };
     let summed = |b: &mut Builder, output: &str| {
+        let rows = Rows::of(b, decision);
         let change = change(b, &rows);
         rows.add(b, output, x, &change)
     };
     if decision.dispatch != Dispatch::Conditional {
         return Stream::Value(summed(b, &output));
     }
-    let count = b.op(&format!("{name}.kept.count"), "Size", &[&rows.indices]);
-    let any = b.cast_to(&format!("{name}.any"), &count, Element::Bool);
     let run = |b: &mut Builder| summed(b, &format!("{name}.kept.output"));
-    let skip = |b: &mut Builder| b.op(&format!("{name}.skipped"), "Identity", &[x]);
-    Stream::Value(b.branch(&output, &any, width, run, skip))
+    Stream::Value(if_any(b, decision, &output, width, x, run))
+}
+
+/// `run` if any token is kept, else `x` `[tokens, width]`, under the name `output`.
+pub(super) fn if_any(
+    b: &mut Builder,
+    decision: &Decision,
+    output: &str,
+    width: usize,
+    x: &str,
+    run: impl FnOnce(&mut Builder) -> Name,
+) -> Name {
+    let shape = vec![Dim::Symbolic("tokens"), Dim::Fixed(width)];
+    let skipped = format!("{}.skipped", decision.place);
+    let run = |b: &mut Builder| [run(b)];
+    let skip = |b: &mut Builder| [b.op(&skipped, "Identity", &[x])];
+    let [output] = b.branch(&[(output, shape)], decision.any(), run, skip);
+    output
 }
 
 impl Rows {
+    /// The rows that `decision` keeps.
+    pub(super) fn of(b: &mut Builder, decision: &Decision) -> Self {
+        let keep = decision.vector(b);
+        let (name, axis) = (&decision.place, vec![("axis", Attribute::Int(0))]);
+        let indices = b.op_with(&format!("{name}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
+        Self { keep, indices }
+    }
+
+    /// Whether each token is kept, `[tokens]`.
+    pub(super) fn keep(&self) -> &str {
+        &self.keep
+    }
+
+    /// The kept rows' numbers, `[kept, 1]`.
+    pub(super) fn numbers(&self) -> &str {
+        &self.indices
+    }
+
     /// The kept rows of `x` `[tokens, width]`: `[kept, width]`.
     pub(super) fn gather(&self, b: &mut Builder, name: &str, x: &str) -> Name {
         b.op_with(name, "Compress", &[x, &self.keep], vec![("axis", Attribute::Int(0))])
@@ -99,7 +133,7 @@ impl Rows {
     }
 
     /// `x` `[tokens, width]` with `change` `[kept, width]` added to the kept rows.
-    fn add(&self, b: &mut Builder, name: &str, x: &str, change: &str) -> Name {
+    pub(super) fn add(&self, b: &mut Builder, name: &str, x: &str, change: &str) -> Name {
         if b.dtype == DType::F32 {
             let add = vec![("reduction", Attribute::Text("add"))];
             return b.op_with(name, "ScatterND", &[x, &self.indices, change], add);

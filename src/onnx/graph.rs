@@ -6,8 +6,7 @@
 use skipgpt_passes::ir::{DType, Weight};
 use skipgpt_passes::quantization::Scheme;
 
-/// A graph, or the body of an `If` branch (which has no inputs and no initializers of its own: it
-/// captures outer-scope values by name).
+/// A graph, or the body of an `If` branch (which has no inputs: it captures outer-scope values by name).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Graph {
     /// Unique among all graphs of a model.
@@ -40,6 +39,8 @@ pub enum Dim {
     Fixed(usize),
     /// A `dim_param`: the same name is the same number.
     Symbolic(&'static str),
+    /// Any number.
+    Open,
 }
 
 /// ONNX element types in use.
@@ -49,6 +50,8 @@ pub enum Element {
     Float(DType),
     /// 64-bit integers: ids, masks, shapes.
     Int64,
+    /// 32-bit integers: lengths, where an operator asks for these.
+    Int32,
     /// Bytes: codes and zero points of matrices in few bits.
     Uint8,
     /// Truth values.
@@ -151,10 +154,21 @@ pub struct Placement {
 impl Graph {
     /// The weights that are whole initializers, in the order in which they are written.
     pub fn weights(&self) -> impl Iterator<Item = (&Initializer, &Weight)> {
-        self.initializers.iter().filter_map(|initializer| match &initializer.data {
+        self.all_initializers().into_iter().filter_map(|initializer| match &initializer.data {
             Data::Weight(weight) => Some((initializer, weight)),
             Data::Inline(_) | Data::Quantized(_) => None,
         })
+    }
+
+    /// Every initializer of this graph and its branches, outer before inner.
+    pub fn all_initializers(&self) -> Vec<&Initializer> {
+        let mut all: Vec<&Initializer> = self.initializers.iter().collect();
+        for (_, attribute) in self.nodes.iter().flat_map(|node| &node.attributes) {
+            if let Attribute::Graph(branch) = attribute {
+                all.extend(branch.all_initializers());
+            }
+        }
+        all
     }
 
     /// Every node of this graph and its branches, outer before inner.
@@ -185,6 +199,7 @@ impl Element {
         match self {
             Self::Float(dtype) => dtype.size(),
             Self::Int64 => 8,
+            Self::Int32 => 4,
             Self::Bool | Self::Uint8 => 1,
         }
     }

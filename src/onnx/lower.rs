@@ -5,39 +5,23 @@
 
 use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind, Routing};
 
+use super::attention::{self, Shared};
 use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element, Graph, Value};
 use super::quantized::quantized;
-use super::router::{self, RouterScores};
+use super::router::{self, RouterMargins};
 use super::stream::Stream;
-use super::{Options, attention, dispatch, mlp};
-use crate::rope;
+use super::{Attention, Options, mlp};
 
 /// The name of the output that holds the decisions.
 pub const ROUTING: &str = "routing_margins";
-
-/// Values every layer uses.
-pub(super) struct Shared {
-    /// `[batch, sequence]` as a shape with the rest left open: `[batch, sequence, -1]`.
-    pub(super) batch_sequence: Name,
-    /// Which row of the tables a token reads, `[batch, sequence]`: its own.
-    pub(super) rows: Name,
-    /// Cosines of every token's angles, `[tokens, head_dim / 2]`.
-    pub(super) cos: Name,
-    /// Sines of every token's angles, `[tokens, head_dim / 2]`.
-    pub(super) sin: Name,
-    /// Added to attention scores: 0 where a query may look, `[batch, 1, group · sequence, total]`.
-    pub(super) bias: Name,
-    /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
-    pub(super) zero_queries: Option<Name>,
-}
 
 /// Lowers a model whose every module says how it is dispatched.
 pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let config = &model.config;
     let mut b = Builder::new(options.dtype);
     let rows = embedding_rows(&mut b, model);
-    let shared = preamble(&mut b, model);
+    let shared = attention::preamble(&mut b, model, options.attention == Attention::Grouped);
     let embedded = embed(&mut b, model, rows.as_deref());
     let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
     let mut stream = Stream::Value(b.op("layers.input", "Reshape", &[&embedded, &flat]));
@@ -57,7 +41,7 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
         shape: vec![BATCH, SEQUENCE, Dim::Fixed(config.vocab_size)],
     }];
     outputs.extend(caches(model, options.dtype, "present", Dim::Symbolic("total_sequence")));
-    let routers = router::router_scores(model);
+    let routers = router::router_margins(model);
     if options.emit_routing && !routers.is_empty() {
         outputs.push(emit_routing(&mut b, &routers));
     }
@@ -121,44 +105,6 @@ fn head(b: &mut Builder, model: &Model, rows: Option<&str>, x: &str) -> Name {
     }
 }
 
-fn preamble(b: &mut Builder, model: &Model) -> Shared {
-    let config = &model.config;
-    let shape = b.op("shapes.ids", "Shape", &["input_ids"]);
-    let open = b.ints("constants.open", &[-1]);
-    let batch_sequence = b.op_with(
-        "shapes.batch_sequence",
-        "Concat",
-        &[&shape, &open],
-        vec![("axis", Attribute::Int(0))],
-    );
-    let zero = b.int("constants.zero", 0);
-    let one = b.int("constants.one", 1);
-    let tokens = b.op("shapes.tokens", "Size", &["input_ids"]);
-    let range = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
-    let rows = b.op("rope.rows", "Reshape", &[&range, &shape]);
-
-    let column = b.ints("shapes.column", &[-1, 1]);
-    let positions = b.op("rope.positions", "Reshape", &["position_ids", &column]);
-    let positions = b.cast("rope.positions.f32", &positions, DType::F32);
-    let frequencies = rope::inverse_frequencies(config);
-    let frequencies = b.floats("rope.frequencies", &[1, frequencies.len()], &frequencies);
-    let angles = b.op("rope.angles", "Mul", &[&positions, &frequencies]);
-    let cos = b.op("rope.cos.f32", "Cos", &[&angles]);
-    let sin = b.op("rope.sin.f32", "Sin", &[&angles]);
-    let cos = b.rounded("rope.cos", &cos);
-    let sin = b.rounded("rope.sin", &sin);
-
-    let bias = attention::bias(b, config, &zero, &one);
-    attention::head_shapes(b, model);
-    let gathers =
-        |kind| model.layers.iter().filter_map(|layer| layer.routing(kind)).any(dispatch::gathers);
-    let zero_queries = gathers(ModuleKind::Attention).then(|| attention::zero_queries(b, config));
-    if zero_queries.is_some() || gathers(ModuleKind::Mlp) {
-        dispatch::row_numbers(b, &range);
-    }
-    Shared { batch_sequence, rows, cos, sin, bias, zero_queries }
-}
-
 /// One layer on the residual stream.
 fn lower_layer(
     b: &mut Builder,
@@ -195,18 +141,9 @@ fn lower_layer(
     stream
 }
 
-/// All margins as one output, `[modules, batch, sequence]`. A difference of floats is never rounded
-/// to the other side of 0, so a margin says what was decided.
-fn emit_routing(b: &mut Builder, routers: &[RouterScores]) -> Value {
-    let columns: Vec<Name> = routers
-        .iter()
-        .map(|router| {
-            let name = format!("{}.emitted", router.value);
-            let [keep, skip] = b.split(&name, &router.value, 1, ["keep", "skip"]);
-            b.op(&format!("{name}.margins"), "Sub", &[&keep, &skip])
-        })
-        .collect();
-    let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+/// All margins as one output, `[modules, batch, sequence]`: what was compared with 0.
+fn emit_routing(b: &mut Builder, routers: &[RouterMargins]) -> Value {
+    let columns: Vec<&str> = routers.iter().map(|router| router.value.as_str()).collect();
     let axis = vec![("axis", Attribute::Int(1))];
     let all = b.op_with("routing.columns", "Concat", &columns, axis);
     let all = b.op("routing.rows", "Transpose", &[&all]);

@@ -27,6 +27,9 @@ pub const IR_VERSION: i64 = 8;
 pub const OPSET: i64 = 18;
 /// The version of the `com.microsoft` operators.
 pub const CONTRIB_OPSET: i64 = 1;
+/// The entry of `metadata_props` that says, `true` or `false`, whether a client may hand over one buffer
+/// as past and present, with room for more tokens than it holds.
+pub const SHARED_BUFFER: &str = "past_present_share_buffer";
 /// Protobuf cannot hold a larger message.
 const LIMIT: u64 = i32::MAX as u64;
 
@@ -142,9 +145,16 @@ pub fn exact(bytes: &[u8]) -> Result<Vec<u8>, Error> {
 ///
 /// [`Error::Protobuf`] if it is no model file.
 pub fn placements(bytes: &[u8]) -> Result<BTreeMap<String, Placement>, Error> {
+    fn tensors<'a>(graph: &'a GraphProto, all: &mut Vec<&'a TensorProto>) {
+        all.extend(&graph.initializer);
+        let attributes = graph.node.iter().flat_map(|node| &node.attribute);
+        attributes.flat_map(|attribute| &attribute.g).for_each(|branch| tensors(branch, all));
+    }
     let model = ModelProto::parse_from_bytes(bytes)?;
+    let mut found = Vec::new();
+    tensors(model.graph.get_or_default(), &mut found);
     let mut all = BTreeMap::new();
-    for tensor in &model.graph.get_or_default().initializer {
+    for tensor in found {
         let entries = &tensor.external_data;
         let get = |key| entries.iter().find(|entry| entry.key == key).map(|e| &*e.value);
         let number = |text: Option<&str>| text.and_then(|text| text.parse().ok());
@@ -274,10 +284,11 @@ fn tensor_proto(
 
 pub(super) fn value_proto(value: &Value) -> ValueInfoProto {
     let dim = |dim: &Dim| Dimension {
-        value: Some(match dim {
-            Dim::Fixed(size) => dimension::Value::DimValue(*size as i64),
-            Dim::Symbolic(name) => dimension::Value::DimParam((*name).to_owned()),
-        }),
+        value: match dim {
+            Dim::Fixed(size) => Some(dimension::Value::DimValue(*size as i64)),
+            Dim::Symbolic(name) => Some(dimension::Value::DimParam((*name).to_owned())),
+            Dim::Open => None,
+        },
         ..Default::default()
     };
     let shape =
@@ -302,6 +313,7 @@ const fn data_type(element: Element) -> i32 {
         Element::Float(DType::F16) => DataType::FLOAT16,
         Element::Float(DType::BF16) => DataType::BFLOAT16,
         Element::Int64 => DataType::INT64,
+        Element::Int32 => DataType::INT32,
         Element::Uint8 => DataType::UINT8,
         Element::Bool => DataType::BOOL,
     }) as i32

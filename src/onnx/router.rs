@@ -1,10 +1,16 @@
-//! Routers: scores, margins, decisions.
+//! Routers: margins and decisions.
+//!
+//! A router scores keep and skip; what decides is the difference, its margin. The difference is taken
+//! of the weights, once, while the artifact is written: one product, compared with 0, gives the
+//! decisions of all modules it decides for. A tie keeps.
 
 use skipgpt_passes::ir::{
-    DType, Dispatch, Layer, Linear, Model, ModuleId, Routing, SharedRouter, Source,
+    DType, Dispatch, Layer, Linear, Model, ModuleId, ModuleKind, Routing, SharedRouter, Source,
+    Weight,
 };
 
 use super::builder::{Builder, Name};
+use super::dispatch;
 use super::graph::Attribute;
 
 /// The decision of one routed module, as values of the graph.
@@ -14,48 +20,64 @@ pub(super) struct Decision {
     pub(super) place: String,
     /// How skipped tokens are skipped.
     pub(super) dispatch: Dispatch,
-    /// The decisions of its router, `[tokens, decisions]`.
-    kept: Name,
+    /// The margins of its router, `[tokens, decisions]`.
+    margins: Name,
     /// Which of them is its own.
     slot: usize,
+    /// Whether any token is kept, one element, where somebody asks.
+    any: Option<Name>,
 }
 
-/// Where a router's scores are found in the graph.
+/// Where a router's margins are found in the graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RouterScores {
-    /// The value's name: `f32` `[tokens, 2 · modules]`, keep scores before skip scores.
+pub struct RouterMargins {
+    /// The value's name: `f32` `[tokens, modules]`; 0 or more keeps.
     pub value: String,
-    /// Whose scores they are, column by column.
+    /// Whose margins they are, column by column.
     pub modules: Vec<ModuleId>,
 }
 
 /// Every router of a lowered model, in the order of its modules.
-pub fn router_scores(model: &Model) -> Vec<RouterScores> {
-    let mut routers: Vec<RouterScores> = Vec::new();
+pub fn router_margins(model: &Model) -> Vec<RouterMargins> {
+    let mut routers: Vec<RouterMargins> = Vec::new();
     for module in model.routed_modules() {
         let Some(Routing::Routed { source, .. }) = model.routing(module) else { continue };
         let (value, slot) = match source {
-            Source::Own(_) => (scores_of(&module.to_string()), 0),
-            Source::Shared { slot } => (scores_of(&format!("layers.{}", module.layer)), *slot),
+            Source::Own(_) => (margins_of(&module.to_string()), 0),
+            Source::Shared { slot } => (margins_of(&format!("layers.{}", module.layer)), *slot),
         };
         match routers.last_mut().filter(|last| last.value == value) {
             Some(last) => last.modules.insert(slot.min(last.modules.len()), module),
-            None => routers.push(RouterScores { value, modules: vec![module] }),
+            None => routers.push(RouterMargins { value, modules: vec![module] }),
         }
     }
     routers
 }
 
-/// The name of the scores of the router at `place`.
-fn scores_of(place: &str) -> Name {
-    format!("{place}.router.scores")
+/// The name of the margins of the router at `place`.
+fn margins_of(place: &str) -> Name {
+    format!("{place}.router.margins")
 }
 
-/// The decisions `[tokens, decisions]` of the layer's shared router, if it has one, on `x`
-/// `[tokens, hidden]`.
-pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> Option<Name> {
-    let SharedRouter { hidden, output, .. } = layer.router.as_ref()?;
-    Some(decide_all(b, &format!("layers.{}", layer.index), hidden.as_ref(), output, x))
+/// What a router decides: its margins, and, where a branch asks, whether any token is kept, by slot.
+#[derive(Debug, Clone)]
+pub(super) struct Decided {
+    margins: Name,
+    any: Vec<Name>,
+}
+
+/// What the layer's shared router, if it has one, decides on `x` `[tokens, hidden]`.
+pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> Option<Decided> {
+    let SharedRouter { hidden, output, decisions } = layer.router.as_ref()?;
+    let asks = |kind| {
+        layer.routing(kind).is_some_and(|routing| {
+            let shared = matches!(routing, Routing::Routed { source: Source::Shared { .. }, .. });
+            shared && dispatch::branches(routing)
+        })
+    };
+    let branches = asks(ModuleKind::Attention) || asks(ModuleKind::Mlp);
+    let place = format!("layers.{}", layer.index);
+    Some(decide_all(b, &place, (hidden.as_ref(), output), *decisions, branches, x))
 }
 
 /// The decision of one module, from the layer's shared router or its own on `x`; `None` if it runs
@@ -64,37 +86,62 @@ pub(super) fn decide(
     b: &mut Builder,
     module: ModuleId,
     routing: &Routing,
-    shared: Option<&Name>,
+    shared: Option<&Decided>,
     x: &str,
 ) -> Option<Decision> {
     let Routing::Routed { source, dispatch: Some(dispatch) } = routing else { return None };
     let (place, dispatch) = (module.to_string(), *dispatch);
-    let (kept, slot) = match source {
+    let (Decided { margins, any }, slot) = match source {
         Source::Shared { slot } => (shared?.clone(), *slot),
         Source::Own(router) => {
-            (decide_all(b, &place, router.hidden.as_ref(), &router.output, x), 0)
+            let branches = dispatch == Dispatch::Conditional;
+            (decide_all(b, &place, (router.hidden.as_ref(), &router.output), 1, branches, x), 0)
         }
     };
-    Some(Decision { place, dispatch, kept, slot })
+    Some(Decision { place, dispatch, margins, slot, any: any.get(slot).cloned() })
 }
 
-/// The decisions of a router. Always `f32`: rounded routers flip near-ties.
+/// What a router decides. Always `f32`: rounded routers flip near-ties.
 fn decide_all(
     b: &mut Builder,
     place: &str,
-    hidden: Option<&Linear>,
-    output: &Linear,
+    (hidden, output): (Option<&Linear>, &Linear),
+    decisions: usize,
+    branches: bool,
     x: &str,
-) -> Name {
+) -> Decided {
     let name = format!("{place}.router");
     let mut x = b.as_f32(&format!("{name}.input"), x);
     if let Some(hidden) = hidden {
         let wide = b.linear(&format!("{name}.hidden"), &x, hidden, DType::F32);
         x = b.op(&format!("{name}.relu"), "Relu", &[&wide]);
     }
-    let all = b.linear(&scores_of(place), &x, output, DType::F32);
-    let [keep, skip] = b.split(&format!("{name}.scores"), &all, 1, ["keep", "skip"]);
-    b.op(&format!("{name}.kept"), "GreaterOrEqual", &[&keep, &skip])
+    let margins = b.linear(&margins_of(place), &x, &difference(output, decisions), DType::F32);
+    let any = if branches { any_kept(b, &name, &margins, decisions) } else { vec![] };
+    Decided { margins, any }
+}
+
+/// Whether any token is kept, by decision, one element each.
+fn any_kept(b: &mut Builder, name: &str, margins: &str, decisions: usize) -> Vec<Name> {
+    let tokens = b.ints("constants.first_axis", &[0]);
+    let keep = vec![("keepdims", Attribute::Int(0))];
+    let largest = b.op_with(&format!("{name}.largest"), "ReduceMax", &[margins, &tokens], keep);
+    let zero = b.floats("constants.zero.f32", &[], &[0.0]);
+    let any = b.op(&format!("{name}.any"), "GreaterOrEqual", &[&largest, &zero]);
+    if decisions == 1 {
+        return vec![any];
+    }
+    b.split(&format!("{name}.any"), &any, 0, ["0", "1"]).to_vec()
+}
+
+/// The rows of the keep scores less those of the skip scores.
+fn difference(Linear { weight, bias, .. }: &Linear, decisions: usize) -> Linear {
+    let half = |weight: &Weight| {
+        let rows =
+            |first| Weight::Slice { of: Box::new(weight.clone()), rows: first..first + decisions };
+        Weight::Difference { of: Box::new(rows(0)), minus: Box::new(rows(decisions)) }
+    };
+    Linear { weight: half(weight), bias: bias.as_ref().map(half), lora: None }
 }
 
 impl Decision {
@@ -112,8 +159,16 @@ impl Decision {
         self.pick(b, &slot)
     }
 
+    /// Whether any token is kept: one element.
+    pub(super) fn any(&self) -> &str {
+        self.any.as_deref().unwrap_or_default()
+    }
+
     fn pick(&self, b: &mut Builder, slot: &str) -> Name {
         let axis = vec![("axis", Attribute::Int(1))];
-        b.op_with(&format!("{}.keep", self.place), "Gather", &[&self.kept, slot], axis)
+        let margin = format!("{}.margin", self.place);
+        let margin = b.op_with(&margin, "Gather", &[&self.margins, slot], axis);
+        let zero = b.floats("constants.zero.f32", &[], &[0.0]);
+        b.op(&format!("{}.keep", self.place), "GreaterOrEqual", &[&margin, &zero])
     }
 }

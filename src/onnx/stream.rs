@@ -44,8 +44,8 @@ impl Stream {
             Self::Pending { x, change, sum } if b.dtype == DType::F32 => {
                 let scale = b.weight(&format!("{name}.weight"), scale);
                 let eps = vec![("epsilon", Attribute::Float(eps as f32))];
-                let outputs = [name, "", "", &sum];
-                b.skip_norm(&[&x, &change, &scale], &outputs, eps);
+                let (op, outputs) = ("SkipSimplifiedLayerNormalization", [name, "", "", &sum]);
+                b.microsoft_outputs(op, &[&x, &change, &scale], &outputs, eps);
                 (name.to_owned(), sum)
             }
             other => {

@@ -23,6 +23,8 @@ fn nodes(f: &mut Formatter<'_>, all: &[Node], depth: usize) -> fmt::Result {
         for (name, attribute) in &node.attributes {
             if let Attribute::Graph(branch) = attribute {
                 writeln!(f, "{indent}  {name} {}", branch.name)?;
+                let mut weights = branch.initializers.iter();
+                weights.try_for_each(|weight| writeln!(f, "{indent}    {weight}"))?;
                 nodes(f, &branch.nodes, depth + 2)?;
                 for output in &branch.outputs {
                     writeln!(f, "{indent}    output {output}")?;
@@ -79,6 +81,9 @@ impl Display for Initializer {
             (Data::Inline(bytes), Element::Int64) => {
                 list(f, bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)))
             }
+            (Data::Inline(bytes), Element::Int32) => {
+                list(f, bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b)))
+            }
             (Data::Inline(bytes), Element::Float(dtype)) => {
                 let mut values = Vec::new();
                 crate::sources::decode(bytes, dtype, &mut values);
@@ -95,6 +100,7 @@ impl Display for Dim {
         match self {
             Self::Fixed(size) => write!(f, "{size}"),
             Self::Symbolic(name) => f.write_str(name),
+            Self::Open => f.write_str("?"),
         }
     }
 }
@@ -104,6 +110,7 @@ impl Display for Element {
         match self {
             Self::Float(dtype) => write!(f, "{dtype}"),
             Self::Int64 => f.write_str("i64"),
+            Self::Int32 => f.write_str("i32"),
             Self::Uint8 => f.write_str("u8"),
             Self::Bool => f.write_str("bool"),
         }

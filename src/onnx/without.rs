@@ -2,7 +2,7 @@
 //!
 //! A module's change never enters the residual stream, and what computed it is gone. Keys and values
 //! of such an attention module are still computed and cached, as in a routed model, so that the
-//! inputs and outputs are the same.
+//! inputs and outputs are the same; they are appended by the cheapest operator there is for it.
 //!
 //! ```text
 //! - norm, , , output = SkipSimplifiedLayerNormalization(x, change, scale)
@@ -12,10 +12,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use onnx_protobuf::attribute_proto::AttributeType;
-use onnx_protobuf::{AttributeProto, GraphProto, Message, ModelProto, NodeProto, TensorProto};
+use onnx_protobuf::{AttributeProto, GraphProto, Message, ModelProto, NodeProto};
 use protobuf::EnumOrUnknown;
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
+use super::graph::Placement;
 use super::proto::{self, serialise};
 
 mod narrow;
@@ -130,34 +131,57 @@ fn int(name: &str, value: i64) -> AttributeProto {
     }
 }
 
-/// Removes nodes and initializers that no output needs. A dense graph has no subgraphs.
+/// Removes nodes and initializers that no output needs.
 fn prune(graph: &mut GraphProto) {
     let mut needed: HashSet<String> = graph.output.iter().map(|o| o.name.clone()).collect();
+    prune_nodes(graph, &mut needed);
+    graph.initializer.retain(|tensor| needed.contains(&tensor.name));
+}
+
+/// Removes nodes whose outputs nobody needs, in branches too; what is left adds its inputs to `needed`.
+fn prune_nodes(graph: &mut GraphProto, needed: &mut HashSet<String>) {
     let mut kept: Vec<NodeProto> = Vec::with_capacity(graph.node.len());
-    for node in std::mem::take(&mut graph.node).into_iter().rev() {
+    for mut node in std::mem::take(&mut graph.node).into_iter().rev() {
         if node.output.iter().any(|output| needed.contains(output)) {
             needed.extend(node.input.iter().cloned());
+            for branch in node.attribute.iter_mut().filter_map(|attribute| attribute.g.as_mut()) {
+                needed.extend(branch.output.iter().map(|output| output.name.clone()));
+                prune_nodes(branch, needed);
+            }
             kept.push(node);
         }
     }
     kept.reverse();
     graph.node = kept;
-    graph.initializer.retain(|tensor| needed.contains(&tensor.name));
 }
 
-/// Bytes of every weight that lies outside the model file, by initializer.
+/// A weight that lies outside the model file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Its size.
+    pub bytes: u64,
+    /// Whether these are bytes of another weight, counted there.
+    pub inside: bool,
+}
+
+/// Every weight that lies outside the model file, by initializer.
 ///
 /// # Errors
 ///
 /// [`Error::Proto`] if `bytes` are not a model file.
-pub fn weight_bytes(bytes: &[u8]) -> Result<BTreeMap<String, u64>, Error> {
-    let model = ModelProto::parse_from_bytes(bytes).map_err(proto::Error::from)?;
-    let length = |tensor: &TensorProto| {
-        let entry = tensor.external_data.iter().find(|entry| entry.key == "length")?;
-        entry.value.parse().ok()
+pub fn weights(bytes: &[u8]) -> Result<BTreeMap<String, Stored>, Error> {
+    let placements = proto::placements(bytes)?;
+    let end = |place: &Placement| place.offset + place.length;
+    let inside = |name: &String, place: &Placement| {
+        placements.iter().any(|(other_name, other)| {
+            let larger = (other.length, other_name) > (place.length, name);
+            let around = other.offset <= place.offset && end(place) <= end(other);
+            other.location == place.location && larger && around
+        })
     };
-    let initializers = model.graph.iter().flat_map(|graph| &graph.initializer);
-    Ok(initializers.filter_map(|t| Some((t.name.clone(), length(t)?))).collect())
+    let stored =
+        |name, place: &Placement| Stored { bytes: place.length, inside: inside(name, place) };
+    Ok(placements.iter().map(|(name, place)| (name.clone(), stored(name, place))).collect())
 }
 
 #[cfg(test)]

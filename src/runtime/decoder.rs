@@ -1,12 +1,13 @@
 //! An artifact's graph as a [`Decoder`].
 //!
-//! The cache stays in ONNX Runtime's own values: what a step gives as `present` is bound as the
-//! next step's `past_key_values`, on the device it was made on, and is copied only for
-//! [`Decoder::cache`].
+//! The cache stays in ONNX Runtime's own values, on the device it was made on, and is copied only for
+//! [`Decoder::cache`]. What a step gives as `present` is bound as the next step's `past_key_values`; or
+//! both are one buffer with room for the tokens that [`Decoder::reserve`] announced, where the graph
+//! says that they may be.
 
 use std::collections::BTreeMap;
 
-use ndarray::{Array2, ArrayD, Axis, Ix3, Ix4, s};
+use ndarray::{Array2, ArrayD, Axis, Ix3, s};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, SessionOutputs};
 use ort::value::{DynTensor, DynValue, Tensor};
@@ -16,144 +17,13 @@ use super::interface::{ATTENTION_MASK, Half, INPUT_IDS, Interface, LOGITS, POSIT
 use super::tensor::{from_floats, from_integers, to_array, to_ranked};
 use super::{Provider, Session};
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
+use crate::onnx::proto::SHARED_BUFFER;
 
-/// Why a graph is no decoder, or a step failed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The graph lacks an input every decoder has.
-    #[error("the graph has no input {name}")]
-    MissingInput {
-        /// Its name.
-        name: String,
-    },
-    /// The graph lacks an output that is needed.
-    #[error("the graph has no output {name}")]
-    MissingOutput {
-        /// Its name.
-        name: String,
-    },
-    /// The graph wants something a decoder has not.
-    #[error(
-        "the graph has an input {name}; a decoder has input_ids, attention_mask, position_ids and \
-         past_key_values.N.key and .value"
-    )]
-    UnknownInput {
-        /// Its name.
-        name: String,
-    },
-    /// An input or output is not what its name says.
-    #[error("the graph's {name} is {found}; expected {expected}")]
-    Interface {
-        /// The input or output.
-        name: String,
-        /// What it should be.
-        expected: String,
-        /// What it is.
-        found: String,
-    },
-    /// The parts of an input do not fit together.
-    #[error("{name} has shape {found:?}; expected {expected:?} [batch, tokens]")]
-    InputShape {
-        /// The part.
-        name: &'static str,
-        /// What it should be.
-        expected: [usize; 2],
-        /// What it is.
-        found: [usize; 2],
-    },
-    /// There is nothing to run.
-    #[error("a step needs at least one row and one token; got [{batch}, {sequence}]")]
-    Empty {
-        /// Rows.
-        batch: usize,
-        /// New tokens per row.
-        sequence: usize,
-    },
-    /// A token that the model does not have.
-    #[error("row {row}, token {position}: id {id} is outside the vocabulary of {vocab}")]
-    Token {
-        /// The row.
-        row: usize,
-        /// The place among the new tokens.
-        position: usize,
-        /// The id.
-        id: i64,
-        /// Number of tokens in the vocabulary.
-        vocab: usize,
-    },
-    /// The attention mask tells of another past than the cache holds.
-    #[error(
-        "the attention mask has {past} past tokens in {batch} rows; the cache holds {cached} in \
-         {cached_batch}"
-    )]
-    Past {
-        /// Past tokens per row, by the mask.
-        past: usize,
-        /// Rows of the input.
-        batch: usize,
-        /// Tokens per row in the cache.
-        cached: usize,
-        /// Rows of the cache.
-        cached_batch: usize,
-    },
-    /// The graph gave a tensor of another shape than its interface promises.
-    #[error("the graph gave {name} with shape {found:?}; expected {expected:?}")]
-    Shape {
-        /// The output.
-        name: String,
-        /// What it should be.
-        expected: Vec<usize>,
-        /// What it is.
-        found: Vec<usize>,
-    },
-    /// The graph gave a tensor of another rank than its interface promises.
-    #[error("the graph gave {name} with shape {found:?}; expected rank {expected}")]
-    Rank {
-        /// The output.
-        name: String,
-        /// The rank it should have.
-        expected: usize,
-        /// Its shape.
-        found: Vec<usize>,
-    },
-    /// An input could not be handed over.
-    #[error("{name} cannot be handed to ONNX Runtime: {source}")]
-    Feed {
-        /// The input.
-        name: String,
-        /// What went wrong.
-        source: ort::Error,
-    },
-    /// An output could not be read.
-    #[error("{name} cannot be read from ONNX Runtime: {source}")]
-    Read {
-        /// The output.
-        name: String,
-        /// What went wrong.
-        source: ort::Error,
-    },
-    /// The graph takes its decisions from outside, and was given none for these tokens.
-    #[error("the graph's {name} takes thresholds for {tokens} tokens; it was given {given}")]
-    Unforced {
-        /// The input.
-        name: String,
-        /// Tokens of the step.
-        tokens: usize,
-        /// Tokens it was given thresholds for.
-        given: usize,
-    },
-    /// A cache of another number of layers.
-    #[error("a cache of {found} layers does not fit the graph, which has {expected}")]
-    Layers {
-        /// Layers with a cache.
-        expected: usize,
-        /// Layers given.
-        found: usize,
-    },
-    /// The graph failed.
-    #[error("ONNX Runtime fails to run the graph: {0}")]
-    Run(#[source] ort::Error),
-}
+mod cache;
+mod error;
+
+use cache::Cache;
+pub use error::Error;
 
 /// A decoder graph under ONNX Runtime.
 #[derive(Debug)]
@@ -162,16 +32,11 @@ pub struct OnnxDecoder {
     interface: Interface,
     modules: Vec<ModuleId>,
     cache: Option<Cache>,
+    /// Whether past and present may be one buffer.
+    shares: bool,
+    /// Tokens such a buffer has room for; 0 for none.
+    reserved: usize,
     forced: BTreeMap<String, (usize, DynValue)>,
-}
-
-/// The cache as ONNX Runtime holds it.
-#[derive(Debug)]
-struct Cache {
-    batch: usize,
-    length: usize,
-    /// Keys and values in the order of the interface's layers.
-    layers: Vec<[DynValue; 2]>,
 }
 
 impl OnnxDecoder {
@@ -180,7 +45,10 @@ impl OnnxDecoder {
     pub fn new(session: Session, modules: Vec<ModuleId>) -> Result<Self, Error> {
         let graph = &session.inner;
         let interface = Interface::read(graph.inputs(), graph.outputs(), modules.len())?;
-        Ok(Self { session, interface, modules, cache: None, forced: BTreeMap::new() })
+        let shares = graph.metadata().map_err(Error::Run)?.custom(SHARED_BUFFER);
+        let shares = shares.is_some_and(|value| value == "true");
+        let forced = BTreeMap::new();
+        Ok(Self { session, interface, modules, cache: None, shares, reserved: 0, forced })
     }
 
     /// The session it runs.
@@ -199,8 +67,9 @@ impl OnnxDecoder {
         input: &Input,
         extra: &[&str],
     ) -> Result<(Output, Vec<ArrayD<f32>>), Error> {
-        let (output, extra, cache) = self.run(input, extra)?;
-        self.cache = Some(cache);
+        self.make_room(input)?;
+        let (output, extra, layers) = self.run(input, extra)?;
+        self.append(input, layers);
         Ok((output, extra))
     }
 
@@ -214,12 +83,12 @@ impl OnnxDecoder {
         Ok((output, extra))
     }
 
-    /// Runs `input` on top of the cache; gives the cache after it.
+    /// Runs `input` on top of the cache; gives the cache after it too, unless that is where it was.
     fn run(
         &mut self,
         input: &Input,
         extra: &[&str],
-    ) -> Result<(Output, Vec<ArrayD<f32>>, Cache), Error> {
+    ) -> Result<(Output, Vec<ArrayD<f32>>, Presents), Error> {
         let past = self.check(input)?;
         if let Some(name) = extra.iter().find(|name| !self.session.outputs().any(|o| o == **name)) {
             return Err(Error::MissingOutput { name: (*name).to_owned() });
@@ -229,7 +98,8 @@ impl OnnxDecoder {
         let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
 
         let length = past + sequence;
-        let layers = presents(&self.interface, &mut outputs, batch, length)?;
+        let shared = holds(self.cache.as_ref(), length);
+        let layers = presents(&self.interface, &mut outputs, batch, length, shared)?;
         let mut logits = to_ranked::<Ix3>(LOGITS, &take(&mut outputs, LOGITS)?)?;
         let rows = logits.len_of(Axis(1));
         if input.logits == Logits::Last && rows != 1 {
@@ -249,19 +119,52 @@ impl OnnxDecoder {
             .iter()
             .map(|name| to_array(name, outputs.get(name).ok_or_else(|| missing(name))?))
             .collect::<Result<_, Error>>()?;
-        Ok((Output { logits, routing }, extra, Cache { batch, length, layers }))
+        Ok((Output { logits, routing }, extra, layers))
     }
 
     /// As [`Decoder::step`], for its cache and its time alone: the logits are computed and left where
     /// they are.
     pub fn advance(&mut self, input: &Input) -> Result<(), Error> {
         let length = self.check(input)? + input.sequence();
+        self.make_room(input)?;
         let binding = self.bind(input, &[])?;
         let batch = input.batch();
         let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
-        let layers = presents(&self.interface, &mut outputs, batch, length)?;
-        self.cache = Some(Cache { batch, length, layers });
+        let shared = holds(self.cache.as_ref(), length);
+        let layers = presents(&self.interface, &mut outputs, batch, length, shared)?;
+        drop(outputs);
+        self.append(input, layers);
         Ok(())
+    }
+
+    /// Puts the cache into one buffer, where that may be and `input` fits in.
+    fn make_room(&mut self, input: &Input) -> Result<(), Error> {
+        let length = self.check(input)? + input.sequence();
+        if !self.shares || length > self.reserved {
+            return Ok(());
+        }
+        match &mut self.cache {
+            None => {
+                let batch = input.batch();
+                let cache = Cache::with_room(&self.session, &self.interface, batch, self.reserved)?;
+                self.cache = Some(cache);
+            }
+            Some(cache) if cache.room.is_none() && self.session.provider() == Provider::Cpu => {
+                *cache = cache.moved(&self.session, &self.interface, self.reserved)?;
+            }
+            Some(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Takes what a step on `input` gave as the cache.
+    fn append(&mut self, input: &Input, layers: Presents) {
+        let (batch, length) = (input.batch(), input.mask.ncols());
+        match (layers, &mut self.cache) {
+            (Some(layers), cache) => *cache = Some(Cache { batch, length, room: None, layers }),
+            (None, Some(cache)) => cache.length = length,
+            (None, None) => {}
+        }
     }
 
     /// Takes `entries` as the cache, in the order of [`Decoder::cache`], all of one batch and length.
@@ -286,7 +189,7 @@ impl OnnxDecoder {
         if found != expected {
             return Err(Error::Layers { expected, found });
         }
-        self.cache = extent.map(|(batch, length)| Cache { batch, length, layers });
+        self.cache = extent.map(|(batch, length)| Cache { batch, length, room: None, layers });
         Ok(())
     }
 
@@ -341,7 +244,7 @@ impl OnnxDecoder {
         }
     }
 
-    fn bind(&self, input: &Input, extra: &[&str]) -> Result<IoBinding, Error> {
+    fn bind(&mut self, input: &Input, extra: &[&str]) -> Result<IoBinding, Error> {
         let mut binding = self.session.inner.create_binding().map_err(Error::Run)?;
         let mut integers = vec![(INPUT_IDS, &input.ids), (ATTENTION_MASK, &input.mask)];
         if self.interface.positions {
@@ -364,6 +267,7 @@ impl OnnxDecoder {
             Provider::Cpu => memory(AllocationDevice::CPU)?,
             Provider::Cuda => memory(AllocationDevice::CUDA)?,
         };
+        let shared = holds(self.cache.as_ref(), input.mask.ncols());
         for (at, layer) in self.interface.layers.iter().enumerate() {
             for (part, half) in [&layer.key, &layer.value].into_iter().enumerate() {
                 let bound = match &self.cache {
@@ -372,9 +276,13 @@ impl OnnxDecoder {
                         .and_then(|value| binding.bind_input(&half.past, &value)),
                 };
                 bound.map_err(feed(&half.past))?;
-                binding
-                    .bind_output_to_device(&half.present, &device)
-                    .map_err(feed(&half.present))?;
+                let bound = match &mut self.cache {
+                    Some(cache) if shared => {
+                        binding.bind_output(&half.present, &mut cache.layers[at][part])
+                    }
+                    _ => binding.bind_output_to_device(&half.present, &device),
+                };
+                bound.map_err(feed(&half.present))?;
             }
         }
         let routing = (!self.modules.is_empty()).then_some(ROUTING);
@@ -396,19 +304,13 @@ impl Decoder for OnnxDecoder {
         self.step_with(input, &[]).map(|(output, _)| output)
     }
 
+    fn reserve(&mut self, tokens: usize) {
+        self.reserved = tokens;
+    }
+
     /// Copies the cache to the host; empty before the first step.
     fn cache(&self) -> Result<Vec<CacheEntry>, Error> {
-        let Some(cache) = &self.cache else { return Ok(Vec::new()) };
-        let entries = self.interface.layers.iter().zip(&cache.layers);
-        entries
-            .map(|(layer, [key, value])| {
-                Ok(CacheEntry {
-                    layer: layer.index,
-                    key: to_ranked::<Ix4>(&layer.key.present, key)?,
-                    value: to_ranked::<Ix4>(&layer.value.present, value)?,
-                })
-            })
-            .collect()
+        self.cache.as_ref().map_or_else(|| Ok(Vec::new()), |cache| cache.read(&self.interface))
     }
 
     fn vocab_size(&self) -> usize {
@@ -422,20 +324,34 @@ impl Peek for OnnxDecoder {
     }
 }
 
-/// The caches that a step gives.
+/// The caches that a step gives; `None` if they lie where they lay.
+type Presents = Option<Vec<[DynValue; 2]>>;
+
+/// Whether the cache is a buffer with room for `length` tokens.
+fn holds(cache: Option<&Cache>, length: usize) -> bool {
+    cache.and_then(|cache| cache.room).is_some_and(|room| length <= room)
+}
+
 fn presents(
     interface: &Interface,
     outputs: &mut SessionOutputs<'_>,
     batch: usize,
     length: usize,
-) -> Result<Vec<[DynValue; 2]>, Error> {
+    shared: bool,
+) -> Result<Presents, Error> {
+    if shared {
+        return Ok(None);
+    }
     let mut present = |half: &Half| {
         let value = take(outputs, &half.present)?;
         expect(&half.present, shape(&value), &half.shape(batch, length))?;
         Ok::<_, Error>(value)
     };
     let layers = interface.layers.iter();
-    layers.map(|layer| Ok([present(&layer.key)?, present(&layer.value)?])).collect()
+    layers
+        .map(|layer| Ok([present(&layer.key)?, present(&layer.value)?]))
+        .collect::<Result<_, Error>>()
+        .map(Some)
 }
 
 /// A cache of no tokens.

@@ -86,3 +86,31 @@ pub(super) fn from_floats(
     };
     value.map_err(|source| Error::Feed { name: name.to_owned(), source })
 }
+
+/// Writes `array` over the beginning of `value`, which is as wide and at least as long.
+pub(super) fn fill(name: &str, value: &mut DynValue, array: &Array4<f32>) -> Result<(), Error> {
+    fn copy<T: Copy>(to: &mut [T], length: usize, array: &Array4<f32>, round: impl Fn(f32) -> T) {
+        let (_, heads, _, width) = array.dim();
+        for ((b, h, t, d), x) in array.indexed_iter() {
+            to[((b * heads + h) * length + t) * width + d] = round(*x);
+        }
+    }
+    let failed = |source| Error::Feed { name: name.to_owned(), source };
+    let mut tensor = value.view_mut().downcast::<DynTensorValueType>().map_err(failed)?;
+    let length = tensor.shape().get(2).map_or(0, |length| *length as usize);
+    match tensor.data_type() {
+        TensorElementType::Float16 => {
+            let (_, to) = tensor.try_extract_tensor_mut::<half::f16>().map_err(failed)?;
+            copy(to, length, array, half::f16::from_f32);
+        }
+        TensorElementType::Bfloat16 => {
+            let (_, to) = tensor.try_extract_tensor_mut::<half::bf16>().map_err(failed)?;
+            copy(to, length, array, half::bf16::from_f32);
+        }
+        _ => {
+            let (_, to) = tensor.try_extract_tensor_mut::<f32>().map_err(failed)?;
+            copy(to, length, array, |x| x);
+        }
+    }
+    Ok(())
+}

@@ -147,6 +147,7 @@ fn base(weight: &Weight) -> Option<&Stored> {
         Weight::Concat(_)
         | Weight::Slice { .. }
         | Weight::BlockDiagonal(_)
+        | Weight::Difference { .. }
         | Weight::Transpose(_)
         | Weight::Quantized { .. } => None,
     }

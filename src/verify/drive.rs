@@ -38,6 +38,12 @@ impl<R: Follow, A: Decoder> Drive<'_, R, A> {
         let mut tally = Tally::new(&case.name, &case.prompt, &self.options.tolerances);
         self.reference.reset();
         self.artifact.reset();
+        // Text is written with one buffer for past and present, tokens are fed without.
+        let room = match (case.then, case.prompt.last()) {
+            (Then::Greedy(tokens), Some(input)) => input.mask.ncols() + tokens,
+            _ => 0,
+        };
+        self.artifact.reserve(room);
         let mut latest = None;
         for input in &case.prompt {
             latest = Some((input.clone(), self.both(input, &mut tally)?));

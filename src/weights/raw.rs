@@ -44,6 +44,7 @@ fn collect<'a>(
         Weight::Cast { of, dtype: to } => *to == dtype && collect(of, dtype, range, segments),
         Weight::Merged { .. }
         | Weight::BlockDiagonal(_)
+        | Weight::Difference { .. }
         | Weight::Transpose(_)
         | Weight::Quantized { .. } => false,
     }

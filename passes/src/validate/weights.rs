@@ -112,6 +112,13 @@ impl<'a> Checker<'a> {
                     self.matrix(&format!("{path}.blockdiag.{i}"), part);
                 }
             }
+            Weight::Difference { of, minus } => {
+                self.not_before(Phase::Fused, path, "a difference");
+                self.expression(path, of);
+                self.expression(path, minus);
+                let expected = Pattern(of.shape().into_iter().map(Some).collect());
+                self.shape(&format!("{path}.minus"), minus.shape(), expected);
+            }
             Weight::Slice { of, rows } => {
                 self.expression(path, of);
                 let (start, end) = (rows.start, rows.end);

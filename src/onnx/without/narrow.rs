@@ -8,24 +8,94 @@ use onnx_protobuf::{GraphProto, NodeProto, TensorProto};
 use super::Error;
 use crate::onnx::proto::entry;
 
-/// Makes the joint projection of the attention module at `place`, where it has one, compute keys and
-/// values alone.
+/// Makes the attention module at `place` compute and append keys and values alone.
 pub(super) fn drop_queries(graph: &mut GraphProto, place: &str) -> Result<(), Error> {
     let all = format!("{place}.qkv");
-    let Some(at) = producer(graph, &all) else { return Ok(()) };
-    let split = find(graph, &format!("{all}.k"), "Split", "a split into queries, keys and values")?;
-    let sizes = integers(graph, &graph.node[split], 1, 3)?;
-    let (queries, rest) = (sizes[0], sizes[1] + sizes[2]);
-    let heads = find(graph, &format!("{all}.heads"), "Reshape", "a reshape onto heads")?;
+    let mut sizes = None;
+    if let Some(at) = producer(graph, &all) {
+        let found = split_sizes(graph, place)?;
+        project(graph, at, found[0], found[1] + found[2])?;
+        constant(graph, &format!("shapes.split.{}.{}", found[1], found[2]), &found[1..]);
+        sizes = Some(found);
+    }
+    if let Some(sizes) = &sizes {
+        narrow_split(&mut graph.node, &all, sizes);
+    }
+    let context = format!("{place}.context");
+    let Some(core) = producer(graph, &context).filter(|at| graph.node[*at].op_type == "If") else {
+        return Ok(());
+    };
+    // What no branch gives is pruned from all of them.
+    let core = &mut graph.node[core];
+    core.output.remove(0);
+    for branch in core.attribute.iter_mut().filter_map(|attribute| attribute.g.as_mut()) {
+        branch.output.remove(0);
+        if let Some(sizes) = &sizes {
+            narrow_split(&mut branch.node, &all, sizes);
+        }
+        append_alone(&mut branch.node, &all, sizes.as_deref())?;
+    }
+    Ok(())
+}
 
-    project(graph, at, queries, rest)?;
-    let shape = heads_shape(graph, heads, rest)?;
-    let parts = constant(graph, &format!("shapes.split.{}.{}", sizes[1], sizes[2]), &sizes[1..]);
-    let split = &mut graph.node[split];
-    split.input[1] = parts;
-    split.output.remove(0);
-    graph.node[heads].input[1].clone_from(&shape.name);
-    shape.insert(graph);
+/// Widths of queries, keys and values in the module's joint projection.
+fn split_sizes(graph: &GraphProto, place: &str) -> Result<Vec<i64>, Error> {
+    let outputs = |node: &&NodeProto| {
+        node.op_type == "Split" && node.input.first().is_some_and(|x| *x == format!("{place}.qkv"))
+    };
+    let branches = graph.node.iter().flat_map(|node| &node.attribute);
+    let mut nodes = graph.node.iter().chain(branches.flat_map(|a| &a.g).flat_map(|g| &g.node));
+    let split = nodes.find(outputs).ok_or_else(|| Error::Form {
+        node: place.to_owned(),
+        expected: "a split into queries, keys and values",
+    })?;
+    integers(graph, split, 1, 3)
+}
+
+/// Makes the splits of `all` into queries, keys and values splits into the last two.
+fn narrow_split(nodes: &mut [NodeProto], all: &str, sizes: &[i64]) {
+    let splits = nodes.iter_mut().filter(|node| node.op_type == "Split" && node.input[0] == all);
+    for split in splits.filter(|split| split.output.len() == 3) {
+        split.input[1] = format!("shapes.split.{}.{}", sizes[1], sizes[2]);
+        split.output.remove(0);
+    }
+}
+
+/// Makes `GroupQueryAttention` append: keys stand for the queries.
+fn append_alone(nodes: &mut Vec<NodeProto>, all: &str, sizes: Option<&[i64]>) -> Result<(), Error> {
+    let Some(at) = nodes.iter().position(|node| node.op_type == "GroupQueryAttention") else {
+        return Ok(());
+    };
+    let groups = nodes[at].attribute.iter().find(|a| a.name == "kv_num_heads").map_or(0, |a| a.i);
+    for attribute in nodes[at].attribute.iter_mut().filter(|a| a.name == "num_heads") {
+        attribute.i = groups;
+    }
+    let Some(sizes) = sizes else {
+        nodes[at].input[0] = nodes[at].input[1].clone();
+        return Ok(());
+    };
+    let packed = nodes[at].input[0].clone();
+    let reshape = nodes
+        .iter()
+        .position(|node| node.op_type == "Reshape" && node.output[0] == packed)
+        .ok_or_else(|| form(&nodes[at], "a reshape of the joint projection"))?;
+    let parts = ["k", "v"].map(|part| format!("{packed}.{part}"));
+    let mut split = nodes[reshape].clone();
+    split.name = format!("/{packed}.split");
+    "Split".clone_into(&mut split.op_type);
+    split.input = vec![all.to_owned(), format!("shapes.split.{}.{}", sizes[1], sizes[2])];
+    split.output = parts.to_vec();
+    split.attribute = vec![super::int("axis", 1)];
+    let reshapes = parts.each_ref().map(|part| {
+        let mut node = nodes[reshape].clone();
+        node.name = format!("/{part}.sequence");
+        node.input[0].clone_from(part);
+        node.output = vec![format!("{part}.sequence")];
+        node
+    });
+    let [k, v] = reshapes.each_ref().map(|node| node.output[0].clone());
+    nodes[at].input.splice(..3, [k.clone(), k, v]);
+    nodes.splice(reshape..=reshape, [split].into_iter().chain(reshapes));
     Ok(())
 }
 
@@ -79,38 +149,8 @@ fn last_rows(tensor: &TensorProto, skip: i64, rest: i64) -> Option<TensorProto> 
     Some(part)
 }
 
-/// The shape `[batch, sequence, heads, head_dim]`, and the node that makes it where none does yet.
-struct HeadsShape {
-    name: String,
-    node: Option<(usize, NodeProto)>,
-}
-
-impl HeadsShape {
-    fn insert(self, graph: &mut GraphProto) {
-        if let Some((at, node)) = self.node {
-            graph.node.insert(at, node);
-        }
-    }
-}
-
-/// The shape that the reshape at `reshape` takes, for `heads` heads in place of its own.
-fn heads_shape(graph: &mut GraphProto, reshape: usize, heads: i64) -> Result<HeadsShape, Error> {
-    let name = format!("shapes.heads.{heads}");
-    if producer(graph, &name).is_some() {
-        return Ok(HeadsShape { name, node: None });
-    }
-    let old = graph.node[reshape].input.get(1).cloned().unwrap_or_default();
-    let at = find(graph, &old, "Concat", "a shape from the shape of the tokens")?;
-    let mut node = graph.node[at].clone();
-    let width = integers(graph, &node, 1, 2)?[1];
-    node.input[1] = constant(graph, &format!("{name}.split"), &[heads, width]);
-    node.name = format!("/{name}");
-    node.output = vec![name.clone()];
-    Ok(HeadsShape { name, node: Some((at, node)) })
-}
-
 /// A constant vector of integers under `name`, added where there is none yet.
-fn constant(graph: &mut GraphProto, name: &str, values: &[i64]) -> String {
+fn constant(graph: &mut GraphProto, name: &str, values: &[i64]) {
     if !graph.initializer.iter().any(|tensor| tensor.name == name) {
         graph.initializer.push(TensorProto {
             name: name.to_owned(),
@@ -120,7 +160,6 @@ fn constant(graph: &mut GraphProto, name: &str, values: &[i64]) -> String {
             ..Default::default()
         });
     }
-    name.to_owned()
 }
 
 /// The `count` integers of the constant that is operand `operand` of `node`.
@@ -143,12 +182,6 @@ fn integers(
 
 fn producer(graph: &GraphProto, value: &str) -> Option<usize> {
     graph.node.iter().position(|node| node.output.iter().any(|output| output == value))
-}
-
-fn find(graph: &GraphProto, value: &str, op: &str, expected: &'static str) -> Result<usize, Error> {
-    producer(graph, value)
-        .filter(|at| graph.node[*at].op_type == op)
-        .ok_or_else(|| Error::Form { node: value.to_owned(), expected })
 }
 
 fn form(node: &NodeProto, expected: &'static str) -> Error {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use onnx_protobuf::Message;
+use onnx_protobuf::{Message, TensorProto};
 use skipgpt_passes::ir::DType;
 use skipgpt_passes::{PASSES, validate};
 
@@ -27,10 +27,13 @@ fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
     let plan = plan::build(&checkpoint.model.config, choices, None)?;
     let mut model = checkpoint.model;
     skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
-    let graph = onnx::lower(validate(&model)?, Options { dtype, emit_routing: false })?;
+    let attention = onnx::Attention::for_config(&model.config);
+    let options = Options { dtype, emit_routing: false, attention };
+    let graph = onnx::lower(validate(&model)?, options)?;
     let mut placements = BTreeMap::new();
     let mut offset = 0;
-    for tensor in graph.initializers.iter().filter(|t| matches!(t.data, Data::Weight(_))) {
+    for tensor in graph.all_initializers().into_iter().filter(|t| matches!(t.data, Data::Weight(_)))
+    {
         let length = tensor.size();
         let place = Placement { location: "weights".into(), offset, length };
         placements.insert(tensor.name.clone(), place);
@@ -87,10 +90,10 @@ fn an_mlp_leaves_one_norm_where_there_were_two() -> Result {
 fn an_attention_module_leaves_keys_and_values() -> Result {
     let whole = model("llama-gqa", false, DType::F32)?;
     let graph = parsed(&without(&whole, &modules(&[(1, ModuleKind::Attention)]))?)?;
-    let (before, after) = (weight_bytes(&whole)?, weight_bytes(&serialised(&graph)?)?);
+    let (before, after) = (weights(&whole)?, weights(&serialised(&graph)?)?);
     // 4 query heads of 4 + 2 + 2: half of the rows.
-    let narrow = after["layers.1.attention.qkv.weight.without_queries"];
-    assert_eq!(2 * narrow, before["layers.1.attention.qkv.weight"]);
+    let narrow = after["layers.1.attention.qkv.weight.without_queries"].bytes;
+    assert_eq!(2 * narrow, before["layers.1.attention.qkv.weight"].bytes);
     assert!(!after.contains_key("layers.1.attention.o.weight"));
     let place = |graph: &GraphProto, name: &str| -> Option<u64> {
         let tensor = graph.initializer.iter().find(|tensor| tensor.name == name)?;
@@ -99,10 +102,14 @@ fn an_attention_module_leaves_keys_and_values() -> Result {
     let old = place(&parsed(&whole)?, "layers.1.attention.qkv.weight").ok_or("no weight")?;
     let new = place(&graph, "layers.1.attention.qkv.weight.without_queries");
     assert_eq!(new, Some(old + narrow));
-    assert_eq!(
-        node(&graph, "layers.1.attention.qkv.heads"),
-        "Reshape(layers.1.attention.qkv, shapes.heads.4)"
-    );
+    let core = graph.node.iter().find(|node| node.output == ["present.1.key", "present.1.value"]);
+    let branches = core.ok_or("no cache")?.attribute.iter().flat_map(|attribute| &attribute.g);
+    let nodes: Vec<&NodeProto> = branches.flat_map(|branch| &branch.node).collect();
+    let append = nodes.iter().find(|node| node.op_type == "GroupQueryAttention").ok_or("none")?;
+    assert_eq!(append.input[0], append.input[1]);
+    let heads = append.attribute.iter().filter(|a| a.name.ends_with("num_heads")).map(|a| a.i);
+    assert_eq!(heads.collect::<Vec<_>>(), [2, 2]);
+    assert!(!nodes.iter().any(|node| node.op_type == "Softmax" || node.name.contains(".q.")));
     assert_eq!(
         node(&graph, "layers.1.mlp.norm"),
         "SimplifiedLayerNormalization(layers.0.mlp.output, layers.1.mlp.norm.weight)"

@@ -1,0 +1,220 @@
+//! What every attention module uses, once per graph: angles, lengths, what a query may see, and
+//! which form a step has.
+
+use std::collections::BTreeSet;
+
+use skipgpt_passes::ir::{Config, DType, Model, ModuleKind};
+
+use super::heads::query_width;
+use crate::onnx::builder::{Builder, Name};
+use crate::onnx::dispatch;
+use crate::onnx::graph::{Attribute, Element};
+use crate::rope;
+
+/// Values every layer uses.
+pub(in crate::onnx) struct Shared {
+    /// `[batch, sequence]` as a shape with the rest left open: `[batch, sequence, -1]`.
+    pub(in crate::onnx) batch_sequence: Name,
+    /// Which row of the tables a token reads, `[batch, sequence]`: its own.
+    pub(super) rows: Name,
+    /// Cosines of every token's angles, `[tokens, head_dim / 2]`.
+    pub(super) cos: Name,
+    /// Sines of every token's angles, `[tokens, head_dim / 2]`.
+    pub(super) sin: Name,
+    /// Added to attention scores: 0 where a query may look, `[batch, 1, sequence, total]`.
+    pub(super) bias: Name,
+    /// The same for the queries that share a key, `[batch, 1, group · sequence, total]`.
+    pub(super) group_bias: Name,
+    /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
+    pub(super) zero_queries: Option<Name>,
+    /// Whether there is one new token in each sequence; present if attention is grouped.
+    pub(super) single: Name,
+    /// Whether there is one new token altogether; present if a module that is both grouped and
+    /// conditional asks.
+    pub(super) one_token: Name,
+    /// Whether there is one sequence; present if a conditional attention module asks.
+    pub(super) one_sequence: Name,
+    /// What `GroupQueryAttention` takes, if it may be used.
+    pub(super) grouped: Option<Grouped>,
+}
+
+/// What `GroupQueryAttention` takes beside queries, keys and values.
+pub(super) struct Grouped {
+    /// Cached tokens after the step, less one, `[batch]`, `i32`.
+    pub(super) last: Name,
+    /// Cached tokens after the step, `i32`.
+    pub(super) total: Name,
+    /// As [`Shared::cos`], with rows up to the cached tokens: the operator wants as many.
+    pub(super) cos: Name,
+    /// As [`Shared::sin`], likewise.
+    pub(super) sin: Name,
+    /// Cached tokens before the step, `[1]`.
+    pub(super) past_vector: Name,
+    /// Cached tokens after the step, `[1]`.
+    pub(super) total_vector: Name,
+}
+
+/// Lengths of the step, scalars.
+struct Lengths {
+    sequence: Name,
+    past: Name,
+    total: Name,
+}
+
+/// Lowers what the layers of `model` share.
+pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -> Shared {
+    let config = &model.config;
+    let shape = b.op("shapes.ids", "Shape", &["input_ids"]);
+    let open = b.ints("constants.open", &[-1]);
+    let axis = vec![("axis", Attribute::Int(0))];
+    let batch_sequence = b.op_with("shapes.batch_sequence", "Concat", &[&shape, &open], axis);
+    let zero = b.int("constants.zero", 0);
+    let one = b.int("constants.one", 1);
+    let tokens = b.op("shapes.tokens", "Size", &["input_ids"]);
+    let range = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
+    let rows = b.op("rope.rows", "Reshape", &[&range, &shape]);
+    let [cos, sin] = angles(b, config);
+
+    let lengths = lengths(b, &one);
+    let batch = b.op("shapes.batch", "Gather", &[&shape, &zero]);
+    let attention = || model.layers.iter().filter_map(|l| l.routing(ModuleKind::Attention));
+    let conditional = attention().any(dispatch::branches);
+    let mut is_one = |asked: bool, name: &str, count: &str| {
+        if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
+    };
+    let single = is_one(grouped, "step.single", &lengths.sequence);
+    let one_token = is_one(grouped && conditional, "step.one_token", &tokens);
+    let one_sequence = is_one(conditional, "step.one_sequence", &batch);
+    let bias = bias(b, &lengths, &zero, &one);
+    let group_bias = group_bias(b, config, &bias);
+    head_shapes(b, config);
+    let mut mlps = model.layers.iter().filter_map(|layer| layer.routing(ModuleKind::Mlp));
+    let zero_queries = attention().any(dispatch::gathers).then(|| zero_queries(b, config));
+    if zero_queries.is_some() || mlps.any(dispatch::gathers) {
+        dispatch::row_numbers(b, &range);
+    }
+    let grouped = grouped.then(|| group_inputs(b, config, &lengths, (&batch, &one), [&cos, &sin]));
+    Shared {
+        batch_sequence,
+        rows,
+        cos,
+        sin,
+        bias,
+        group_bias,
+        zero_queries,
+        single,
+        one_token,
+        one_sequence,
+        grouped,
+    }
+}
+
+/// Cosines and sines of every token's angles, `[tokens, head_dim / 2]`.
+fn angles(b: &mut Builder, config: &Config) -> [Name; 2] {
+    let column = b.ints("shapes.column", &[-1, 1]);
+    let positions = b.op("rope.positions", "Reshape", &["position_ids", &column]);
+    let positions = b.cast("rope.positions.f32", &positions, DType::F32);
+    let frequencies = rope::inverse_frequencies(config);
+    let frequencies = b.floats("rope.frequencies", &[1, frequencies.len()], &frequencies);
+    let angles = b.op("rope.angles", "Mul", &[&positions, &frequencies]);
+    let cos = b.op("rope.cos.f32", "Cos", &[&angles]);
+    let sin = b.op("rope.sin.f32", "Sin", &[&angles]);
+    [b.rounded("rope.cos", &cos), b.rounded("rope.sin", &sin)]
+}
+
+fn lengths(b: &mut Builder, one: &str) -> Lengths {
+    let mask_shape = b.op("mask.shape", "Shape", &["attention_mask"]);
+    let total = b.op("mask.total", "Gather", &[&mask_shape, one]);
+    let sequence = b.op("mask.sequence", "Gather", &["shapes.ids", one]);
+    let past = b.op("mask.past", "Sub", &[&total, &sequence]);
+    Lengths { sequence, past, total }
+}
+
+/// What is added to every layer's scores, `[batch, 1, sequence, total]`: 0 where the key is real and not
+/// later than the query, the dtype's lowest number elsewhere (infinity would make the rows of padding
+/// NaN).
+fn bias(b: &mut Builder, Lengths { past, total, .. }: &Lengths, zero: &str, one: &str) -> Name {
+    let keys = b.op("mask.keys", "Range", &[zero, total, one]);
+    let queries = b.op("mask.queries", "Range", &[past, total, one]);
+    let column = b.ints("shapes.column", &[-1, 1]);
+    let queries = b.op("mask.query_column", "Reshape", &[&queries, &column]);
+    let causal = b.op("mask.causal", "LessOrEqual", &[&keys, &queries]);
+    let real = b.cast_to("mask.real", "attention_mask", Element::Bool);
+    let middle = b.ints("constants.middle_axes", &[1, 2]);
+    let real = b.op("mask.real_keys", "Unsqueeze", &[&real, &middle]);
+    let allowed = b.op("mask.allowed", "And", &[&real, &causal]);
+    let lowest = match b.dtype {
+        DType::F32 | DType::BF16 => f32::from_bits(0xff7f_0000),
+        DType::F16 => half::f16::MIN.to_f32(),
+    };
+    let open = b.floats("constants.zero.f32", &[], &[0.0]);
+    let closed = b.floats("constants.lowest", &[], &[lowest]);
+    let bias = b.op("mask.bias.f32", "Where", &[&allowed, &open, &closed]);
+    b.rounded("mask.bias", &bias)
+}
+
+fn group_bias(b: &mut Builder, config: &Config, bias: &str) -> Name {
+    let group = config.num_attention_heads / config.num_key_value_heads;
+    if group == 1 {
+        return bias.to_owned();
+    }
+    let axis = vec![("axis", Attribute::Int(2))];
+    b.op_with("mask.bias.groups", "Concat", &vec![bias; group], axis)
+}
+
+/// Zeros for the queries of every token, `[tokens, heads · head_dim]`: where kept rows are written.
+fn zero_queries(b: &mut Builder, config: &Config) -> Name {
+    let width = b.ints("shapes.query_width", &[query_width(config) as i64]);
+    let tokens = vector(b, "shapes.tokens");
+    let axis = vec![("axis", Attribute::Int(0))];
+    let shape = b.op_with("shapes.queries", "Concat", &[&tokens, &width], axis);
+    let zero = b.zero("constants.zero.hidden");
+    b.op("attention.zero_queries", "Expand", &[&zero, &shape])
+}
+
+fn group_inputs(
+    b: &mut Builder,
+    config: &Config,
+    Lengths { past, total, .. }: &Lengths,
+    (batch, one): (&str, &str),
+    tables: [&str; 2],
+) -> Grouped {
+    let [past_vector, total_vector, batch] = [past, total, batch].map(|name| vector(b, name));
+    let last = b.op("mask.last", "Sub", &[total, one]);
+    let last = b.op("mask.last.rows", "Expand", &[&last, &batch]);
+    let last = b.cast_to("mask.last.i32", &last, Element::Int32);
+    let total = b.cast_to("mask.total.i32", total, Element::Int32);
+
+    // Only the first `tokens` rows are read.
+    let width = b.ints("rope.width", &[(config.head_dim / 2) as i64]);
+    let axis = vec![("axis", Attribute::Int(0))];
+    let more = b.op_with("rope.more", "Concat", &[&total_vector, &width], axis.clone());
+    let zero = b.zero("constants.zero.hidden");
+    let more = b.op("rope.unread", "Expand", &[&zero, &more]);
+    let [cos, sin] = ["cos", "sin"].map(|part| format!("rope.{part}.long"));
+    let [cos, sin] = [(cos, tables[0]), (sin, tables[1])]
+        .map(|(name, table)| b.op_with(&name, "Concat", &[table, &more], axis.clone()));
+    Grouped { last, total, cos, sin, past_vector, total_vector }
+}
+
+/// The scalar `name` as a vector of one element.
+fn vector(b: &mut Builder, name: &str) -> Name {
+    let flat = b.ints("shapes.flat", &[-1]);
+    b.op(&format!("{name}.vector"), "Reshape", &[name, &flat])
+}
+
+/// The name of the shape `[batch, sequence, heads, head_dim]`.
+pub(super) fn heads_shape(heads: usize) -> Name {
+    format!("shapes.heads.{heads}")
+}
+
+/// The shapes `[batch, sequence, heads, head_dim]` of queries, and of keys and values.
+fn head_shapes(b: &mut Builder, config: &Config) {
+    let counts = BTreeSet::from([config.num_attention_heads, config.num_key_value_heads]);
+    for count in counts {
+        let name = heads_shape(count);
+        let split = b.ints(&format!("{name}.split"), &[count as i64, config.head_dim as i64]);
+        let axis = vec![("axis", Attribute::Int(0))];
+        b.op_with(&name, "Concat", &["shapes.ids", &split], axis);
+    }
+}
