@@ -96,6 +96,12 @@ impl Forced {
     }
 }
 
+/// The artifact as it is on the disk.
+fn opened_with(path: &str) -> OnnxDecoder {
+    let artifact = opened(path);
+    load(&artifact, &artifact.read("model.onnx").unwrap())
+}
+
 fn removed(path: &str, modules: &BTreeSet<ModuleId>) -> OnnxDecoder {
     let artifact = opened(path);
     let bytes = artifact.read("model.onnx").unwrap();
@@ -243,12 +249,12 @@ fn decisions_are_forced_token_by_token() {
 }
 
 #[test]
-fn thresholds_must_be_given_for_every_token() {
+fn biases_must_be_given_for_every_token() {
     let exports = Exports::of("llama-gqa");
     let mut forced = Forced::open(&exports.routed("auto"));
     let [first, second] = inputs();
     let error = forced.decoder.step(&first).unwrap_err().to_string();
-    let expected = "the graph's forced.layers.0 takes thresholds for 12 tokens; it was given 0";
+    let expected = "the graph's forced.layers.0 takes biases for 12 tokens; it was given 0";
     assert_eq!(error, expected);
     forced.step(&first, |_, _, _| false);
     let error = forced.decoder.step(&second).unwrap_err().to_string();
@@ -270,6 +276,85 @@ fn a_cache_can_be_put_back() {
     assert_eq!(other.step(&second).unwrap().logits, expected.logits);
     let error = other.restore(cache.into_iter().skip(1)).unwrap_err().to_string();
     assert_eq!(error, "a cache of 3 layers does not fit the graph, which has 4");
+}
+
+/// A padded prompt, single tokens, a chunk on top of them, and more tokens than were announced.
+fn steps() -> Vec<Input> {
+    let [first, second] = inputs();
+    let third = second.then(&[3, 9]);
+    let (mut chunk, rows) = (third.clone(), third.batch());
+    chunk.ids = Array2::from_shape_fn((rows, 3), |(b, s)| (7 + 5 * b + s) as i64);
+    let ones = Array2::ones((rows, 3));
+    chunk.mask = ndarray::concatenate![ndarray::Axis(1), third.mask, ones];
+    let before = third.positions.clone();
+    chunk.positions = Array2::from_shape_fn((rows, 3), |(b, s)| before[[b, 0]] + 1 + s as i64);
+    chunk.logits = Logits::All;
+    let fifth = chunk.then(&[21, 22]);
+    let sixth = fifth.then(&[23, 24]);
+    vec![first, second, third, chunk, fifth, sixth]
+}
+
+#[test]
+fn one_buffer_for_past_and_present_is_the_same_cache() {
+    for case in ["llama-gqa", "qwen3-head-norm"] {
+        let exports = Exports::of(case);
+        let paths =
+            [vec![exports.dense()], DISPATCHES.map(|d| exports.routed(d)).to_vec()].concat();
+        for path in paths {
+            let (mut growing, mut shared) = (removed(&path, &BTreeSet::new()), opened_with(&path));
+            // The last two steps hold more than was announced.
+            shared.reserve(11);
+            for (index, input) in steps().iter().enumerate() {
+                let place = format!("{case}, {path}, step {index}");
+                let (a, b) = (growing.step(input).unwrap(), shared.step(input).unwrap());
+                check(&place, input, &b, &a);
+                let caches = (shared.cache().unwrap(), growing.cache().unwrap());
+                check_caches(&place, input, &caches.0, &caches.1);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_grew_moves_into_a_buffer() {
+    let exports = Exports::of("llama-gqa");
+    let path = exports.dense();
+    let (mut growing, mut moved) = (opened_with(&path), opened_with(&path));
+    for (index, input) in steps().iter().take(5).enumerate() {
+        if index == 2 {
+            moved.reserve(32);
+        }
+        let (a, b) = (growing.step(input).unwrap(), moved.step(input).unwrap());
+        check(&format!("step {index}"), input, &b, &a);
+        let caches = (moved.cache().unwrap(), growing.cache().unwrap());
+        check_caches(&format!("step {index}"), input, &caches.0, &caches.1);
+    }
+}
+
+#[test]
+fn attention_by_elementary_operators_is_the_same() {
+    let exports = Exports::of("llama-gqa");
+    let router = text(&fixture("llama-gqa").join("router.safetensors"));
+    for dispatch in DISPATCHES {
+        let grouped = exports.routed(dispatch);
+        let more = ["--router", &router, "--dispatch", dispatch, "--attention", "decomposed"];
+        let decomposed = exports.export(&format!("{dispatch}-decomposed"), &more);
+        let kinds = [&grouped, &decomposed].map(|path| {
+            let nodes = opened(path).manifest.graph.unwrap().nodes;
+            nodes.contains_key("GroupQueryAttention")
+        });
+        assert_eq!(kinds, [true, false], "{dispatch}");
+        let (mut a, mut b) = (opened_with(&grouped), opened_with(&decomposed));
+        for (index, input) in steps().iter().enumerate() {
+            let place = format!("{dispatch}, step {index}");
+            check(&place, input, &a.step(input).unwrap(), &b.step(input).unwrap());
+            check_caches(&place, input, &a.cache().unwrap(), &b.cache().unwrap());
+        }
+    }
+    let model = text(&fixture("mistral-wide-heads"));
+    let output = exports.path("refused");
+    let arguments = ["export", "--model", &model, "--output", &output, "--attention", "grouped"];
+    assert!(refused(&arguments).contains("this model's head_dim is 22"));
 }
 
 fn bench(arguments: &[&str]) -> Value {

@@ -10,7 +10,8 @@ use skipgpt_passes::ir::Weight;
 use super::manifest::{self, Weights};
 use super::testing::{Bench, go_on, initializer, list, stored};
 use super::*;
-use crate::onnx::graph::Data;
+use crate::onnx::graph::{Data, Placement};
+use crate::onnx::proto;
 
 const FILES: [&str; 8] = [
     "README.md",
@@ -212,6 +213,31 @@ fn across_file_systems_a_linked_file_is_copied() {
     let copy = output.join("model.safetensors");
     assert_eq!(fs::read(&copy).unwrap(), fs::read(&bench.checkpoint.files[1]).unwrap());
     open(&output).unwrap().verify_hashes(&mut go_on).unwrap();
+}
+
+#[test]
+fn rows_of_a_larger_weight_are_part_of_it() {
+    let mut bench = Bench::new();
+    bench.export("apart", Weights::Copy).unwrap();
+    let both = Weight::Concat(vec![stored("k"), stored("v")]);
+    bench.graph.initializers.push(initializer("kv", both));
+    bench.export("together", Weights::Copy).unwrap();
+    let placements = |name: &str| {
+        let bytes = fs::read(bench.output(name).join("model.onnx")).unwrap();
+        proto::placements(&bytes).unwrap()
+    };
+    let (apart, together) = (placements("apart"), placements("together"));
+    assert_ne!(apart["v"].offset, apart["k"].offset + apart["k"].length);
+    assert_eq!(together["k"].offset, together["kv"].offset);
+    assert_eq!(together["v"].offset, together["kv"].offset + together["k"].length);
+    let data = |name: &str| fs::read(bench.output(name).join("model.onnx.data")).unwrap();
+    let bytes = |data: &[u8], place: &Placement| {
+        data[place.offset as usize..(place.offset + place.length) as usize].to_vec()
+    };
+    for part in ["k", "v"] {
+        let (one, other) = (data("apart"), data("together"));
+        assert_eq!(bytes(&one, &apart[part]), bytes(&other, &together[part]), "{part}");
+    }
 }
 
 #[test]

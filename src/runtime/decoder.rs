@@ -202,9 +202,9 @@ impl OnnxDecoder {
 
     /// What the graph's input `name` (see [`crate::onnx::force`]) takes in the next steps, `[tokens,
     /// decisions]`.
-    pub fn force(&mut self, name: &str, thresholds: &Array2<f32>) -> Result<(), Error> {
-        let (tokens, decisions) = thresholds.dim();
-        let data: Vec<f32> = thresholds.iter().copied().collect();
+    pub fn force(&mut self, name: &str, biases: &Array2<f32>) -> Result<(), Error> {
+        let (tokens, decisions) = biases.dim();
+        let data: Vec<f32> = biases.iter().copied().collect();
         let value = Tensor::from_array(([tokens, decisions], data)).map_err(feed(name))?;
         self.forced.insert(name.to_owned(), (tokens, value.into_dyn()));
         Ok(())

@@ -33,7 +33,7 @@ pub(super) struct Interface {
     pub(super) positions: bool,
     /// The layers that have a cache, by index.
     pub(super) layers: Vec<LayerCache>,
-    /// The inputs that stand in for the routers' thresholds, in the graph's order.
+    /// The inputs that stand in for the routers' biases, in the graph's order.
     pub(super) forced: Vec<String>,
     /// Number of tokens in the vocabulary.
     pub(super) vocab: usize,
@@ -87,7 +87,7 @@ impl Interface {
                     positions = true;
                 }
                 name if name.starts_with(force::PREFIX) => {
-                    thresholds(input)?;
+                    biases(input)?;
                     forced.push(name.to_owned());
                 }
                 name => {
@@ -138,7 +138,7 @@ fn integer(outlet: &Outlet) -> Result<(), Error> {
     }
 }
 
-fn thresholds(outlet: &Outlet) -> Result<(), Error> {
+fn biases(outlet: &Outlet) -> Result<(), Error> {
     match tensor(outlet)? {
         (TensorElementType::Float32, shape) if shape.len() == 2 => Ok(()),
         _ => Err(wrong(outlet, "a float32 tensor of rank 2", outlet.dtype())),

@@ -116,13 +116,13 @@ pub enum Error {
         source: ort::Error,
     },
     /// The graph takes its decisions from outside, and was given none for these tokens.
-    #[error("the graph's {name} takes thresholds for {tokens} tokens; it was given {given}")]
+    #[error("the graph's {name} takes biases for {tokens} tokens; it was given {given}")]
     Unforced {
         /// The input.
         name: String,
         /// Tokens of the step.
         tokens: usize,
-        /// Tokens it was given thresholds for.
+        /// Tokens it was given biases for.
         given: usize,
     },
     /// A cache of another number of layers.
