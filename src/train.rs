@@ -29,6 +29,7 @@ mod record;
 mod run;
 pub mod schedule;
 pub mod settings;
+mod share;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use candle_core::Error as CandleError;
 
 use crate::checkpoint::Checkpoint;
 use crate::text::Tokenizer;
+use crate::world::{Stopped, World};
 use crate::{artifact, model};
 
 pub use run::run;
@@ -68,6 +70,8 @@ pub struct Request<'a> {
     pub settings: &'a Settings,
     /// What does not.
     pub options: Options,
+    /// Those who train together; each is given the same request.
+    pub world: &'a dyn World,
 }
 
 /// What does not change what a run computes.
@@ -209,6 +213,27 @@ pub enum Error {
         /// The checkpoint.
         checkpoint: PathBuf,
     },
+    /// The passes of a step cannot be divided among the ranks.
+    #[error(
+        "{processes} processes cannot share {accumulate} forward passes of {batch} windows: make --accumulate a multiple of {processes}, or --batch {processes} or more"
+    )]
+    Share {
+        /// How many ranks there are.
+        processes: usize,
+        /// Windows of a forward pass.
+        batch: usize,
+        /// Forward passes of a step.
+        accumulate: usize,
+    },
+    /// The ranks do not see the same files.
+    #[error("the processes do not agree on {what}; all must see the same files")]
+    Unlike {
+        /// What differs.
+        what: &'static str,
+    },
+    /// Another rank stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// A computation outside the layers failed.
     #[error("{what}: {source}")]
     Compute {

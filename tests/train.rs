@@ -11,17 +11,17 @@ use serde_json::Value;
 use skipgpt_export::checkpoint;
 use tempfile::TempDir;
 
-fn tiny() -> PathBuf {
+pub(crate) fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/training/tiny")
 }
 
 /// A directory with a text; runs go beside it.
-struct Place {
+pub(crate) struct Place {
     directory: TempDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let place = Self { directory: TempDir::new().unwrap() };
         let mut text = String::new();
         for number in 0..400 {
@@ -31,12 +31,12 @@ impl Place {
         place
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// A run of the binary, not yet started.
-    fn command(&self, stage: &str, output: &str, more: &[&str]) -> Command {
+    pub(crate) fn command(&self, stage: &str, output: &str, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
         command.args(["train", stage]);
         if !more.contains(&"--model") {
@@ -63,7 +63,7 @@ impl Place {
         (status.code().unwrap(), text(stdout), text(stderr))
     }
 
-    fn succeeds(&self, stage: &str, output: &str, more: &[&str]) -> String {
+    pub(crate) fn succeeds(&self, stage: &str, output: &str, more: &[&str]) -> String {
         let (code, stdout, stderr) = self.run(stage, output, more);
         assert_eq!(code, 0, "{stdout}\n{stderr}");
         stdout
@@ -76,13 +76,13 @@ impl Place {
         assert_eq!(stderr, format!("error: {message}\n"));
     }
 
-    fn metrics(&self, output: &str) -> Vec<Value> {
+    pub(crate) fn metrics(&self, output: &str) -> Vec<Value> {
         let text = fs::read_to_string(self.path(output).join("metrics.jsonl")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// The bytes of a finished run: its last checkpoint and its result.
-    fn bytes(&self, output: &str, step: &str, result: &str) -> Vec<Vec<u8>> {
+    pub(crate) fn bytes(&self, output: &str, step: &str, result: &str) -> Vec<Vec<u8>> {
         let names = [
             &format!("checkpoints/step-{step}/state.safetensors"),
             &format!("checkpoints/step-{step}/state.json"),
@@ -331,4 +331,17 @@ fn directories_that_cannot_be_resumed_are_refused() {
     fs::write(place.path("run/run.json"), "{}").unwrap();
     let (code, _, message) = place.run("router", "run", &[&more[..], &["--resume"]].concat());
     assert!(code == 2 && message.contains("run/run.json: is not the record of a run"), "{message}");
+}
+
+/// Processes that do not know of one another would do everything twice, into one directory.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_build_for_one_process_refuses_several() {
+    let place = Place::new();
+    let mut command = place.command("router", "run", &["--steps", "1"]);
+    let Output { status, stderr, .. } = command.env("OMPI_COMM_WORLD_SIZE", "2").output().unwrap();
+    let expected = "error: 2 processes were started, and this build cannot share work among them; \
+                    build it with --features mpi, or start one process\n";
+    assert_eq!((status.code(), String::from_utf8(stderr).unwrap().as_str()), (Some(2), expected));
+    assert!(!place.path("run").exists());
 }

@@ -8,6 +8,7 @@ use skipgpt_export::text::Tokenizer;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
 use skipgpt_export::train::settings::{Lora, Router, Settings, Stage, Target};
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
+use skipgpt_export::world::World;
 
 use super::{CheckpointArguments, Verdict, screen, sources};
 
@@ -195,14 +196,14 @@ struct Defaults {
     schedule: Schedule,
 }
 
-pub(crate) fn run(command: &Command) -> Result<Verdict> {
+pub(crate) fn run(command: &Command, world: &dyn World) -> Result<Verdict> {
     match command {
-        Command::Router(arguments) => router(arguments),
-        Command::Lora(arguments) => lora(arguments),
+        Command::Router(arguments) => router(arguments, world),
+        Command::Lora(arguments) => lora(arguments, world),
     }
 }
 
-fn router(arguments: &RouterArguments) -> Result<Verdict> {
+fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
     let (alpha, schedule) = match arguments.preset {
         Preset::Paper => (8.0, Schedule::Constant),
         Preset::Code => (20.0, Schedule::Cosine),
@@ -225,10 +226,10 @@ fn router(arguments: &RouterArguments) -> Result<Verdict> {
         lora_alpha: None,
     };
     let settings = settings(stage, &arguments.common, &Defaults { rate: 2e-3, schedule });
-    start(&checkpoint, &arguments.common, &settings, arguments.pth)
+    start(&checkpoint, &arguments.common, &settings, arguments.pth, world)
 }
 
-fn lora(arguments: &LoraArguments) -> Result<Verdict> {
+fn lora(arguments: &LoraArguments, world: &dyn World) -> Result<Verdict> {
     let mut targets: Vec<Target> = arguments.targets.iter().copied().map(Target::from).collect();
     targets.sort_unstable();
     targets.dedup();
@@ -246,7 +247,7 @@ fn lora(arguments: &LoraArguments) -> Result<Verdict> {
     };
     let defaults = Defaults { rate: 2e-4, schedule: Schedule::Cosine };
     let settings = settings(stage, &arguments.common, &defaults);
-    start(&checkpoint, &arguments.common, &settings, false)
+    start(&checkpoint, &arguments.common, &settings, false, world)
 }
 
 fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Settings {
@@ -282,6 +283,7 @@ fn start(
     common: &CommonArguments,
     settings: &Settings,
     pth: bool,
+    world: &dyn World,
 ) -> Result<Verdict> {
     if common.keep_checkpoints == 0 {
         bail!("--keep-checkpoints is 0; expected 1 or more");
@@ -305,6 +307,7 @@ fn start(
             keep_checkpoints: common.keep_checkpoints,
             pth,
         },
+        world,
     };
     let bars =
         Bars { tokenising: screen::bytes("tokenising"), training: screen::count("training") };

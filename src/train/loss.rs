@@ -32,6 +32,7 @@ pub(super) struct Loss {
 
 impl Loss {
     /// The mean over the rows that count.
+    #[cfg(test)]
     pub(super) fn mean(&self) -> f64 {
         self.sum / self.count.max(1) as f64
     }

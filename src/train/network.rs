@@ -7,6 +7,7 @@
 //! same noise, when its turn in the backward comes: memory then does not grow with depth.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{Device, Result as Candle, Tensor, Var};
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
@@ -61,17 +62,54 @@ pub(super) struct Sampling {
     pub(super) alpha: f64,
 }
 
-/// What a forward and backward pass gave.
-#[derive(Debug)]
-pub(super) struct Pass {
+/// Sums over the windows of a forward pass: the predictions' losses, in nats, and their number, the
+/// decisions that keep, and all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Totals(pub(super) [f64; Totals::COUNT]);
+
+impl Totals {
+    /// How many there are.
+    pub(super) const COUNT: usize = 4;
+
     /// The mean loss of the predictions, in nats.
-    pub(super) prediction: f64,
-    /// That, and the pull towards the target.
-    pub(super) loss: f64,
+    pub(super) fn prediction(&self) -> f64 {
+        self.0[0] / self.0[1].max(1.0)
+    }
+
     /// The share of decisions that keep; `None` if nothing is routed.
-    pub(super) keep: Option<f64>,
-    /// By parameter; empty where the loss is not finite.
-    pub(super) gradients: Vec<Vec<f32>>,
+    pub(super) fn keep(&self) -> Option<f64> {
+        (self.0[3] > 0.0).then(|| self.0[2] / self.0[3])
+    }
+
+    /// The loss of the predictions and the pull towards the target.
+    pub(super) fn loss(&self, sampling: Option<&Sampling>) -> f64 {
+        let pull = sampling.zip(self.keep());
+        let pull = pull.map(|(sampling, keep)| sampling.alpha * (sampling.target - keep).abs());
+        self.prediction() + pull.unwrap_or_default()
+    }
+
+    /// What the loss gains with every decision that keeps, by the pull alone.
+    fn pull(&self, sampling: Option<&Sampling>) -> f64 {
+        let Some((sampling, keep)) = sampling.zip(self.keep()) else { return 0.0 };
+        let sign = match keep.total_cmp(&sampling.target) {
+            std::cmp::Ordering::Less => -1.0,
+            std::cmp::Ordering::Equal => 0.0,
+            std::cmp::Ordering::Greater => 1.0,
+        };
+        sampling.alpha * sign / self.0[3]
+    }
+}
+
+/// A forward pass that waits for its backward.
+pub(super) struct Forward {
+    step: Step,
+    /// By layer; `None` where the layer is to run again.
+    graphs: Vec<Option<Graph>>,
+    inputs: Vec<Tensor>,
+    /// Of the mean over the own windows, with respect to the last layer's output.
+    gradient: Tensor,
+    /// Of the own windows.
+    pub(super) totals: Totals,
 }
 
 /// One layer's graph.
@@ -111,26 +149,28 @@ impl Network {
         }
     }
 
-    /// The noise of forward pass `number` over `rows` tokens.
+    /// The noise of the tokens `rows` of forward pass `number`.
     pub(super) fn noise(
         &self,
         seed: u64,
         number: u64,
-        rows: usize,
+        rows: Range<usize>,
     ) -> Candle<BTreeMap<ModuleId, Tensor>> {
         let mut noise = BTreeMap::new();
         for id in self.routed() {
             let module = 2 * id.layer as u64 + u64::from(id.kind == ModuleKind::Mlp);
             let mut random = random::generator(seed, Use::Gumbel, number, module);
+            random::skip(&mut random, rows.start as u64);
             let draws: Vec<f32> =
-                (0..rows).map(|_| random::gumbel_difference(&mut random)).collect();
-            noise.insert(id, Tensor::from_vec(draws, rows, &Device::Cpu)?);
+                rows.clone().map(|_| random::gumbel_difference(&mut random)).collect();
+            noise.insert(id, Tensor::from_vec(draws, rows.len(), &Device::Cpu)?);
         }
         Ok(noise)
     }
 
-    /// Losses and gradients of a batch.
-    pub(super) fn gradients(&self, batch: &Batch, objective: &Objective) -> Result<Pass, Error> {
+    /// The first half of a pass: everything up to the loss of `batch`, which may be a part of the
+    /// pass' windows.
+    pub(super) fn forward(&self, batch: &Batch, objective: &Objective) -> Result<Forward, Error> {
         let decide = match &objective.sampling {
             Some(sampling) => {
                 Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
@@ -150,24 +190,27 @@ impl Network {
             inputs.push(std::mem::replace(&mut x, y));
             graphs.push((!objective.recompute).then_some(graph));
         }
-        let (loss, mut gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
-        let keep = (counts.1 > 0).then(|| counts.0 / counts.1 as f64);
-        let prediction = loss.mean();
-        let (mut total, mut pull) = (prediction, 0.0);
-        if let (Some(sampling), Some(keep)) = (&objective.sampling, keep) {
-            total += sampling.alpha * (sampling.target - keep).abs();
-            let sign = match keep.total_cmp(&sampling.target) {
-                std::cmp::Ordering::Less => -1.0,
-                std::cmp::Ordering::Equal => 0.0,
-                std::cmp::Ordering::Greater => 1.0,
-            };
-            pull = sampling.alpha * sign / counts.1 as f64;
+        let (loss, gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
+        let totals = Totals([loss.sum, loss.count as f64, counts.0, counts.1 as f64]);
+        Ok(Forward { step, graphs, inputs, gradient, totals })
+    }
+
+    /// The second half: the gradients by parameter of the whole pass' loss, as far as they come from
+    /// the windows of `forward`; `totals` are the whole pass'.
+    pub(super) fn backward(
+        &self,
+        forward: Forward,
+        sampling: Option<&Sampling>,
+        totals: &Totals,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let Forward { step, mut graphs, mut inputs, mut gradient, totals: own } = forward;
+        let share = own.0[1] / totals.0[1].max(1.0);
+        if own.0[1] < totals.0[1] {
+            gradient = (gradient * share).map_err(outside)?;
         }
-        let mut pass = Pass { prediction, loss: total, keep, gradients: Vec::new() };
-        if !total.is_finite() {
-            return Ok(pass);
-        }
-        pass.gradients = self.parameters.iter().map(|one| vec![0.0; one.len()]).collect();
+        let pull = totals.pull(sampling);
+        let mut gradients: Vec<_> =
+            self.parameters.iter().map(|one| vec![0.0; one.len()]).collect();
         while let (Some(input), Some(graph)) = (inputs.pop(), graphs.pop()) {
             let at = inputs.len();
             let graph = match graph {
@@ -175,9 +218,9 @@ impl Network {
                 None => self.layer(at, &input, &step)?,
             };
             let place = self.place(at);
-            gradient = self.back(at, graph, &gradient, pull, &mut pass.gradients).map_err(place)?;
+            gradient = self.back(at, graph, &gradient, pull, &mut gradients).map_err(place)?;
         }
-        Ok(pass)
+        Ok(gradients)
     }
 
     /// How well the text is predicted; how many of the decisions keep, of how many.
