@@ -6,6 +6,7 @@
 //! ```text
 //! run.json            settings and what identifies the inputs
 //! metrics.jsonl       a line per step and per evaluation
+//! tensorboard/        the same, where asked for
 //! checkpoints/        the last few, each whole or not there
 //! tokens/             the texts, tokenised
 //! router.safetensors  the result of router tuning; or
@@ -17,6 +18,7 @@
 
 mod attach;
 pub mod data;
+pub mod events;
 mod loss;
 pub mod metrics;
 mod network;
@@ -60,6 +62,8 @@ pub struct Request<'a> {
     pub text: &'a [PathBuf],
     /// Files and directories of text to evaluate on, in place of a held-out share.
     pub evaluation: &'a [PathBuf],
+    /// The field of JSONL, or column of Parquet files, that holds the text.
+    pub text_field: &'a str,
     /// The run's directory.
     pub output: &'a Path,
     /// Where tokenised texts are kept; in the run's directory where not given.
@@ -89,6 +93,8 @@ pub struct Options {
     pub keep_checkpoints: usize,
     /// Whether routers are written as `.pth` too.
     pub pth: bool,
+    /// Whether metrics are written as TensorBoard's event files too.
+    pub tensorboard: bool,
 }
 
 /// What goes on in a run.
@@ -225,6 +231,11 @@ pub enum Error {
         /// Forward passes of a step.
         accumulate: usize,
     },
+    /// The program was not built to write event files.
+    #[error(
+        "this build does not write TensorBoard's files; build it with --features tensorboard, or leave --tensorboard out"
+    )]
+    NoTensorBoard,
     /// The ranks do not see the same files.
     #[error("the processes do not agree on {what}; all must see the same files")]
     Unlike {

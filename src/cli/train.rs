@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::train::data::FIELD;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
 use skipgpt_export::train::settings::{Lora, Router, Settings, Stage, Target};
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
@@ -83,9 +84,12 @@ pub(crate) struct LoraArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct CommonArguments {
-    /// Text to train on: files and directories of plain text, or JSONL with a "text" field
+    /// Text to train on: files and directories of plain text, JSONL or Parquet
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     text: Vec<PathBuf>,
+    /// Field of JSONL, or column of Parquet files, that holds the text
+    #[arg(long, value_name = "NAME", default_value = FIELD)]
+    text_field: String,
     /// The run's directory
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -146,6 +150,9 @@ pub(crate) struct CommonArguments {
     /// Checkpoints kept
     #[arg(long, value_name = "N", default_value_t = 2)]
     keep_checkpoints: usize,
+    /// Also write metrics as TensorBoard's event files, to tensorboard/ in the run's directory
+    #[arg(long)]
+    tensorboard: bool,
     /// Where tokenised texts are kept [default: in the run's directory]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -294,6 +301,7 @@ fn start(
         checkpoint: &checkpoint,
         tokenizer: &tokenizer,
         text: &common.text,
+        text_field: &common.text_field,
         evaluation: &common.eval_text,
         output: &common.output,
         cache: common.cache.as_deref(),
@@ -306,6 +314,7 @@ fn start(
             save_every: common.save_every,
             keep_checkpoints: common.keep_checkpoints,
             pth,
+            tensorboard: common.tensorboard,
         },
         world,
     };

@@ -1,12 +1,14 @@
 //! Text to windows of tokens.
 //!
 //! Every file is tokenised once, into a cache file named by the hash of its content and of the
-//! tokenizer. Documents (a text file, or a line of JSONL) follow one another, each ended by the
+//! tokenizer. Documents (a text file, a line of JSONL, or a row of a Parquet file) follow one another, each ended by the
 //! end-of-text token where the model has one, and are cut into full windows; what is left over at
 //! the end is not used. The windows at the end are held out, where that is asked for; the others are
 //! visited in an order that is random by epoch and a function of the seed.
 
 mod cache;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod read;
 
 use std::io;
@@ -18,6 +20,9 @@ use crate::artifact;
 use crate::text::{self, Tokenizer};
 
 use cache::Tokens;
+
+/// The field that holds the text, where none is named.
+pub const FIELD: &str = "text";
 
 /// Why there are no windows.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +45,32 @@ pub enum Error {
         /// What it is, by its name.
         kind: String,
     },
+    /// A file of a kind that this build does not read.
+    #[error("{}: this build does not read Parquet; build it with --features parquet, or give plain text or JSONL", path.display())]
+    NotBuilt {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file that is not read as Parquet.
+    #[error("{}: cannot be read as Parquet: {found}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        found: String,
+    },
+    /// A table without the column that should hold the text.
+    #[error("{}: has no column {column}; its columns are {}; name one with --text-field", path.display(), columns.join(", "))]
+    Column {
+        /// The file.
+        path: PathBuf,
+        /// The column that was looked for.
+        column: String,
+        /// Those there are.
+        columns: Vec<String>,
+    },
     /// A directory without text.
-    #[error("{}: holds no .txt, .md or .jsonl file", path.display())]
+    #[error("{}: holds no .txt, .md, .jsonl or .parquet file", path.display())]
     NoFiles {
         /// The directory.
         path: PathBuf,
@@ -61,7 +90,7 @@ pub enum Error {
         offset: u64,
     },
     /// A line of JSONL that is no document.
-    #[error("{}: line {line}: {found}; expected an object with a string \"text\"", path.display())]
+    #[error("{}: line {line}: {found}; expected an object with a string \"{field}\"", path.display())]
     Line {
         /// The file.
         path: PathBuf,
@@ -69,6 +98,8 @@ pub enum Error {
         line: u64,
         /// What is wrong with it.
         found: String,
+        /// The field that should hold the text.
+        field: String,
     },
     /// The tokenizer failed.
     #[error("{}: {source}", path.display())]
@@ -146,13 +177,17 @@ pub struct Corpus {
 pub struct Place {
     /// The file.
     pub path: PathBuf,
-    /// A byte of it that is at most a hundred or so tokens earlier; of JSONL, that of the line.
+    /// A byte of it that is at most a hundred or so tokens earlier; of JSONL, that of the line; of a
+    /// table, the row.
     pub offset: u64,
+    /// Whether that is a row, from 0.
+    pub rows: bool,
 }
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} from byte {} on", self.path.display(), self.offset)
+        let unit = if self.rows { "row" } else { "byte" };
+        write!(f, "{} from {unit} {} on", self.path.display(), self.offset)
     }
 }
 
@@ -167,6 +202,8 @@ pub struct Tokenisation<'a> {
     pub vocab: usize,
     /// Where the caches lie.
     pub cache: &'a Path,
+    /// The field of JSONL, or column of a table, that holds the text.
+    pub field: &'a str,
 }
 
 impl Corpus {
@@ -189,7 +226,7 @@ impl Corpus {
         let Some(tokenizer) = artifact::hash::of_file(&path, &mut |_| true)? else {
             return Err(Error::Interrupted);
         };
-        let texts = read::collect(paths)?;
+        let texts = read::collect(paths, how.field)?;
         let total = texts.iter().map(|text| text.size).sum();
         let (mut done, mut files, mut starts) = (0, Vec::new(), vec![0]);
         for text in texts {
@@ -230,7 +267,7 @@ impl Corpus {
         let at = self.starts.partition_point(|start| *start <= token).saturating_sub(1);
         match self.files.get(at) {
             Some(file) => file.place(token - self.starts[at]),
-            None => Place { path: PathBuf::new(), offset: 0 },
+            None => Place { path: PathBuf::new(), offset: 0, rows: false },
         }
     }
 }

@@ -15,7 +15,7 @@ use super::record::{self, Record};
 use super::settings::{Settings, Stage};
 use super::share::Share;
 use super::state::Store;
-use super::{Error, Event, OnEvent, Outcome, Request, output};
+use super::{Error, Event, OnEvent, Outcome, Request, events, output};
 use crate::artifact::hash::{self, InputHashes};
 use crate::model::dropout::Clock;
 use crate::model::ops::Kernels;
@@ -36,6 +36,9 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
     let (checkpoint, settings, world) = (request.checkpoint, request.settings, request.world);
     settings.check(checkpoint.model.config.max_position_embeddings)?;
     check_stage(request)?;
+    if request.options.tensorboard && !events::AVAILABLE {
+        return Err(Error::NoTensorBoard);
+    }
     let share = Share::new(world, settings.batch, settings.accumulate)?;
     if world.leads() {
         if request.resume {
@@ -82,7 +85,11 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
         trainer.step = trainer.store.load(&trainer.network.parameters, &mut trainer.optimizer)?;
     }
     texts.agree(request, trainer.step)?;
-    let log = world.leads().then(|| Log::open(request.output, trainer.step)).transpose()?;
+    let options = &request.options;
+    let log = world
+        .leads()
+        .then(|| Log::open(request.output, trainer.step, options.tensorboard))
+        .transpose()?;
     trainer.finish(request, log, on_event)
 }
 
@@ -155,6 +162,7 @@ impl Texts {
             directory: &request.checkpoint.directory,
             vocab: request.checkpoint.model.config.vocab_size,
             cache: request.cache.unwrap_or(&own),
+            field: request.text_field,
         };
         if !request.world.leads() {
             // The first rank tokenises, and the others find what it made.

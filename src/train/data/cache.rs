@@ -4,7 +4,7 @@
 //! magic (8) | key (64, hexadecimal) | tokens (8) | places (8) | ids, 4 bytes each | places, 16 bytes each
 //! ```
 //!
-//! All numbers are little-endian. A place says at which byte of the text a token begins, for every
+//! All numbers are little-endian. A place says at which byte of the text (or row of the table) a token begins, for every
 //! [`EVERY`]th token and the first of every document. Like every other input the file is read with
 //! positioned reads, a window at a time.
 
@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::read::Text;
-use super::{Error, Place, Tokenisation};
+use super::{Error, FIELD, Place, Tokenisation};
 use crate::artifact::hash;
 
 const MAGIC: &[u8; 8] = b"SKIPTOK1";
@@ -28,6 +28,8 @@ const EVERY: u64 = 128;
 #[derive(Debug)]
 pub(super) struct Tokens {
     text: PathBuf,
+    /// Whether places are rows of the text.
+    rows: bool,
     path: PathBuf,
     file: File,
     key: String,
@@ -47,7 +49,11 @@ impl Tokens {
         let Some(content) = hash::of_file(&text.path, &mut |_| advance(0).is_continue())? else {
             return Err(Error::Interrupted);
         };
-        let key = hash::of_bytes(format!("{} {tokenizer}", content.sha256).as_bytes()).sha256;
+        let mut identity = format!("{} {tokenizer}", content.sha256);
+        if let Some(field) = text.field().filter(|field| *field != FIELD) {
+            identity = format!("{identity} {field}");
+        }
+        let key = hash::of_bytes(identity.as_bytes()).sha256;
         let path = how.cache.join(format!("{}.tokens", &key[..16]));
         if let Some(tokens) = Self::read_back(text, &path, &key)? {
             return Ok(tokens);
@@ -107,6 +113,7 @@ impl Tokens {
             .collect();
         Ok(Some(Self {
             text: text.path.clone(),
+            rows: text.has_rows(),
             path: path.to_owned(),
             file,
             key: key.to_owned(),
@@ -148,7 +155,7 @@ impl Tokens {
     pub(super) fn place(&self, token: u64) -> Place {
         let at = self.places.partition_point(|(first, _)| *first <= token).saturating_sub(1);
         let offset = self.places.get(at).map_or(0, |(_, byte)| *byte);
-        Place { path: self.text.clone(), offset }
+        Place { path: self.text.clone(), offset, rows: self.rows }
     }
 }
 
@@ -187,7 +194,7 @@ fn write(
             }
             begins = true;
         }
-        match advance(piece.offset) {
+        match advance(piece.done) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Interrupted),
         }

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::text::Tokenizer;
+use crate::train::data::FIELD;
 use crate::train::optimizer;
 use crate::train::schedule::{Rate, Shape};
 use crate::train::settings::{Lora, Settings, Stage, Target};
@@ -75,6 +76,7 @@ impl Place {
             evaluation: &[],
             output: &self.path(output),
             cache: None,
+            text_field: FIELD,
             resume,
             settings,
             options: Options {
@@ -84,6 +86,7 @@ impl Place {
                 save_every: 2,
                 keep_checkpoints: 9,
                 pth: false,
+                tensorboard: false,
             },
             world,
         };
