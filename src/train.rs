@@ -17,6 +17,7 @@
 //! from parameters, moments and a step number, and ends in the bytes it would have ended in.
 
 mod attach;
+mod batch;
 pub mod data;
 pub mod events;
 mod loss;
@@ -35,6 +36,7 @@ mod share;
 pub mod state;
 #[cfg(test)]
 mod tests;
+mod trainer;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! `train` as it is typed: both stages, killed and resumed, and what is refused.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use skipgpt_export::checkpoint;
+use skipgpt_passes::ir;
 use tempfile::TempDir;
 
 pub(crate) fn tiny() -> PathBuf {
@@ -175,6 +177,74 @@ fn both_stages_give_what_export_reads() {
         let lora = attention.q.lora.as_ref().unwrap();
         assert_eq!(lora.scale.to_bits(), 2.0_f64.to_bits());
     }
+}
+
+/// From training to a verified artifact.
+#[test]
+fn routers_of_two_layers_are_trained_and_exported() {
+    let place = Place::new();
+    let more = ["--steps", "40", "--router-layers", "2", "--router-width", "6", "--skip", "0.4"];
+    place.succeeds("router", "routers", &more);
+    let (model, router) = (tiny(), place.path("routers/router.safetensors"));
+    let read = checkpoint::read(&checkpoint::Request {
+        model: Some(&model),
+        router: Some(&router),
+        ..checkpoint::Request::default()
+    });
+    let hidden = read.unwrap().model.layers[1].mlp.as_ref().map(|module| match &module.routing {
+        ir::Routing::Routed { source: ir::Source::Own(router), .. } => router.hidden.clone(),
+        _ => None,
+    });
+    assert_eq!(hidden.flatten().unwrap().weight.shape()[0], 6);
+    let artifact = place.path("artifact");
+    let run = |arguments: &[&OsStr]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+        command.args(arguments).arg("--model").arg(&model).arg("--router").arg(&router);
+        // ONNX Runtime is found from the project's root.
+        let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["export".as_ref(), "-o".as_ref(), artifact.as_ref()]);
+    run(&["verify".as_ref(), artifact.as_ref()]);
+
+    let message =
+        "--router-width is 6, and a router of one layer has no width; add --router-layers 2";
+    place.refused("router", "run", &["--router-width", "6"], message);
+    let more = ["--router-layers", "2", "--router-width", "0"];
+    place.refused("router", "run", &more, "--router-width is 0; expected 1 or more");
+    let more = ["--steps", "40", "--router-layers", "2", "--router-width", "7", "--skip", "0.4"];
+    let (code, _, message) = place.run("router", "routers", &[&more[..], &["--resume"]].concat());
+    assert!(
+        code == 2 && message.contains("settings.stage.router.width is 6 in the run"),
+        "{message}"
+    );
+}
+
+/// Documents of many lengths, each apart; killed and resumed too.
+#[test]
+fn documents_that_stay_apart_are_padded() {
+    let place = Place::new();
+    let mut lines = String::new();
+    for length in 1..60 {
+        writeln!(lines, "{{\"body\": \"{}\"}}", "word ".repeat(length % 17 + 1)).unwrap();
+    }
+    let text = place.path("text.jsonl");
+    fs::write(&text, lines).unwrap();
+    let more = ["--text", text.to_str().unwrap(), "--text-field", "body", "--pad", "--seed", "5"];
+    place.kill_and_resume("router", "killed", &more, "200");
+    place.succeeds(
+        "router",
+        "whole",
+        &[&more[..], &["--steps", "200", "--save-every", "200"]].concat(),
+    );
+    let bytes = |output| place.bytes(output, "000200", "router.safetensors");
+    assert!(bytes("killed") == bytes("whole"));
+    let [killed, whole] = ["killed", "whole"].map(|run| {
+        let last = place.metrics(run).into_iter().rfind(|line| line["kind"] == "step").unwrap();
+        last["tokens"].as_u64().unwrap()
+    });
+    // Real tokens are counted: fewer than there is room for.
+    assert!(killed == whole && whole > 200 * 4 * 10 && whole < 200 * 4 * 32, "{killed} {whole}");
 }
 
 #[test]
@@ -344,4 +414,24 @@ fn a_build_for_one_process_refuses_several() {
                     build it with --features mpi, or start one process\n";
     assert_eq!((status.code(), String::from_utf8(stderr).unwrap().as_str()), (Some(2), expected));
     assert!(!place.path("run").exists());
+}
+
+#[cfg(not(feature = "tensorboard"))]
+#[test]
+fn event_files_are_refused_by_a_build_that_writes_none() {
+    let message = "this build does not write TensorBoard's files; build it with --features tensorboard, or leave --tensorboard out";
+    Place::new().refused("router", "run", &["--tensorboard"], message);
+}
+
+#[cfg(feature = "tensorboard")]
+#[test]
+fn event_files_lie_beside_the_metrics() {
+    let place = Place::new();
+    let more = ["--steps", "3", "--tensorboard"];
+    place.succeeds("router", "run", &more);
+    let files: Vec<_> = fs::read_dir(place.path("run/tensorboard")).unwrap().collect();
+    assert_eq!(files.len(), 1);
+    let bytes = fs::read(files[0].as_ref().unwrap().path()).unwrap();
+    let names = |name: &str| bytes.windows(name.len()).filter(|at| *at == name.as_bytes()).count();
+    assert_eq!([names("train/loss"), names("evaluation/perplexity")], [3, 1]);
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
+use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::train::data::FIELD;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
@@ -50,6 +51,12 @@ pub(crate) struct RouterArguments {
     /// Initial bias towards keep; 0 is the published initialisation
     #[arg(long, value_name = "BIAS", default_value_t = 0.0)]
     keep_bias: f64,
+    /// Layers of a router: one, or two with a relu between
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    router_layers: u8,
+    /// Width between the two [default: a quarter of the model's]
+    #[arg(long, value_name = "WIDTH")]
+    router_width: Option<usize>,
     /// Also write router.pth
     #[arg(long)]
     pth: bool,
@@ -108,6 +115,10 @@ pub(crate) struct CommonArguments {
     /// Tokens of a window
     #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
     window: usize,
+    /// Keep documents apart: each is cut into windows of its own, the last one padded; padding counts
+    /// for nothing
+    #[arg(long)]
+    pad: bool,
     /// Of initial weights, noise and the order of the windows
     #[arg(long, default_value_t = 43)]
     seed: u64,
@@ -215,6 +226,20 @@ fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
         Preset::Paper => (8.0, Schedule::Constant),
         Preset::Code => (20.0, Schedule::Cosine),
     };
+    let checkpoint = CheckpointArguments {
+        model: Some(arguments.model.clone()),
+        router: None,
+        adapter: None,
+        lora_alpha: None,
+    };
+    let checkpoint = sources::checkpoint(&checkpoint)?;
+    let width = match (arguments.router_layers, arguments.router_width) {
+        (1, Some(width)) => bail!(
+            "--router-width is {width}, and a router of one layer has no width; add --router-layers 2"
+        ),
+        (1, None) => None,
+        (_, width) => Some(width.unwrap_or(checkpoint.model.config.hidden_size / 4)),
+    };
     let from = arguments.skip_from;
     let stage = Stage::Router(Router {
         skip: Line {
@@ -225,13 +250,8 @@ fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
         alpha: arguments.alpha.unwrap_or(alpha),
         tau: Line { from: arguments.tau_from, to: arguments.tau_to, share: 1.0 },
         keep_bias: arguments.keep_bias,
+        width,
     });
-    let checkpoint = CheckpointArguments {
-        model: Some(arguments.model.clone()),
-        router: None,
-        adapter: None,
-        lora_alpha: None,
-    };
     let settings = settings(stage, &arguments.common, &Defaults { rate: 2e-3, schedule });
     start(&checkpoint, &arguments.common, &settings, arguments.pth, world)
 }
@@ -252,6 +272,7 @@ fn lora(arguments: &LoraArguments, world: &dyn World) -> Result<Verdict> {
         adapter: None,
         lora_alpha: None,
     };
+    let checkpoint = sources::checkpoint(&checkpoint)?;
     let defaults = Defaults { rate: 2e-4, schedule: Schedule::Cosine };
     let settings = settings(stage, &arguments.common, &defaults);
     start(&checkpoint, &arguments.common, &settings, false, world)
@@ -270,6 +291,7 @@ fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Sett
         batch: common.batch,
         accumulate: common.accumulate,
         window: common.window,
+        pad: common.pad,
         seed: common.seed,
         rate: Rate {
             peak: common.learning_rate.unwrap_or(defaults.rate),
@@ -286,7 +308,7 @@ fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Sett
 }
 
 fn start(
-    checkpoint: &CheckpointArguments,
+    checkpoint: &Checkpoint,
     common: &CommonArguments,
     settings: &Settings,
     pth: bool,
@@ -295,10 +317,9 @@ fn start(
     if common.keep_checkpoints == 0 {
         bail!("--keep-checkpoints is 0; expected 1 or more");
     }
-    let checkpoint = sources::checkpoint(checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let request = Request {
-        checkpoint: &checkpoint,
+        checkpoint,
         tokenizer: &tokenizer,
         text: &common.text,
         text_field: &common.text_field,

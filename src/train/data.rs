@@ -2,14 +2,15 @@
 //!
 //! Every file is tokenised once, into a cache file named by the hash of its content and of the
 //! tokenizer. Documents (a text file, a line of JSONL, or a row of a Parquet file) follow one another, each ended by the
-//! end-of-text token where the model has one, and are cut into full windows; what is left over at
-//! the end is not used. The windows at the end are held out, where that is asked for; the others are
+//! end-of-text token where the model has one, and are cut into windows ([`windows`]), together or each
+//! by itself. The windows at the end are held out, where that is asked for; the others are
 //! visited in an order that is random by epoch and a function of the seed.
 
 mod cache;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod read;
+mod windows;
 
 use std::io;
 use std::ops::ControlFlow;
@@ -20,6 +21,8 @@ use crate::artifact;
 use crate::text::{self, Tokenizer};
 
 use cache::Tokens;
+
+pub use windows::{Cut, Windows};
 
 /// The field that holds the text, where none is named.
 pub const FIELD: &str = "text";
@@ -262,6 +265,12 @@ impl Corpus {
         Ok(tokens)
     }
 
+    /// Where every document begins, in order.
+    fn documents(&self) -> impl Iterator<Item = u64> {
+        let files = self.files.iter().zip(&self.starts);
+        files.flat_map(|(file, start)| file.documents().map(move |token| start + token))
+    }
+
     /// Where token `token` stands.
     fn place(&self, token: u64) -> Place {
         let at = self.starts.partition_point(|start| *start <= token).saturating_sub(1);
@@ -269,80 +278,6 @@ impl Corpus {
             Some(file) => file.place(token - self.starts[at]),
             None => Place { path: PathBuf::new(), offset: 0, rows: false },
         }
-    }
-}
-
-/// Consecutive windows of a corpus.
-#[derive(Debug, Clone, Copy)]
-pub struct Windows<'a> {
-    corpus: &'a Corpus,
-    window: usize,
-    first: usize,
-    count: usize,
-}
-
-impl<'a> Windows<'a> {
-    /// The full windows of `window` tokens; at least `needed`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Short`].
-    pub fn new(corpus: &'a Corpus, window: usize, needed: usize) -> Result<Self, Error> {
-        let tokens = corpus.tokens();
-        let windows = (tokens / window.max(1) as u64) as usize;
-        if windows < needed {
-            return Err(Error::Short { tokens, windows, window, needed });
-        }
-        Ok(Self { corpus, window, first: 0, count: windows })
-    }
-
-    /// All but the last `share` of the windows, and those, at least one.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Short`] if either part would be empty.
-    pub fn hold_out(self, share: f64) -> Result<(Self, Self), Error> {
-        let held = ((self.count as f64 * share).round() as usize).max(1);
-        if held >= self.count {
-            let (tokens, windows, window) = (self.corpus.tokens(), self.count, self.window);
-            return Err(Error::Short { tokens, windows, window, needed: held + 1 });
-        }
-        let first = self.first + self.count - held;
-        Ok((Self { count: self.count - held, ..self }, Self { first, count: held, ..self }))
-    }
-
-    /// The first `limit` windows.
-    #[must_use]
-    pub fn take(self, limit: usize) -> Self {
-        Self { count: self.count.min(limit), ..self }
-    }
-
-    /// Number of windows.
-    pub const fn len(&self) -> usize {
-        self.count
-    }
-
-    /// Whether there is none.
-    pub const fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    /// The tokens of window `index`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] and [`Error::Token`].
-    pub fn tokens(&self, index: usize) -> Result<Vec<u32>, Error> {
-        self.corpus.read(self.start(index), self.window)
-    }
-
-    /// Where window `index` begins.
-    pub fn place(&self, index: usize) -> Place {
-        self.corpus.place(self.start(index))
-    }
-
-    fn start(&self, index: usize) -> u64 {
-        (self.first + index) as u64 * self.window as u64
     }
 }
 

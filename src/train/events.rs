@@ -39,16 +39,17 @@ mod unwritten {
 
 #[cfg(feature = "tensorboard")]
 mod written {
+    use std::fmt;
     use std::fs::{self, File};
     use std::io::{self, BufWriter};
     use std::path::{Path, PathBuf};
     use std::time::{SystemTime, UNIX_EPOCH};
 
-    use tfrecord::protobuf::event::What;
-    use tfrecord::protobuf::session_log::SessionStatus;
-    use tfrecord::protobuf::summary::{Value, value};
-    use tfrecord::protobuf::{Event, SessionLog, Summary};
-    use tfrecord::{EventMeta, RecordWriter};
+    use tboard::EventWriter;
+    use tboard::tensorboard::event::What;
+    use tboard::tensorboard::session_log::SessionStatus;
+    use tboard::tensorboard::summary::{Value, value};
+    use tboard::tensorboard::{SessionLog, Summary};
 
     use super::DIRECTORY;
     use crate::artifact;
@@ -57,14 +58,17 @@ mod written {
 
     /// How TensorBoard knows its files.
     const PREFIX: &str = "events.out.tfevents.";
-    /// The format's version, as the first record has it.
-    const VERSION: &str = "brain.Event:2";
 
     /// The file of a run, being appended to.
-    #[derive(Debug)]
     pub(in crate::train) struct Events {
         path: PathBuf,
-        writer: RecordWriter<Event, BufWriter<File>>,
+        writer: EventWriter<BufWriter<File>>,
+    }
+
+    impl fmt::Debug for Events {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{}", self.path.display())
+        }
     }
 
     impl Events {
@@ -85,12 +89,11 @@ mod written {
             let path = directory.join(format!("{PREFIX}{seconds:010}.skipgpt-export"));
             let failed = |source| artifact::Error::io("create", &path, source);
             let file = File::create_new(&path).map_err(failed)?;
-            let writer = RecordWriter::from_writer(BufWriter::new(file))
+            let writer = EventWriter::from_writer(BufWriter::new(file), None)
                 .map_err(|error| failed(io::Error::other(error)))?;
             let mut events = Self { path, writer };
             let status = SessionStatus::Start.into();
             let start = SessionLog { status, ..SessionLog::default() };
-            events.send(0, What::FileVersion(VERSION.to_owned()))?;
             events.send(0, What::SessionLog(start))?;
             Ok(events)
         }
@@ -127,9 +130,7 @@ mod written {
         }
 
         fn send(&mut self, step: u64, what: What) -> Result<(), Error> {
-            let mut event = EventMeta::with_step(step as i64).build_empty();
-            event.what = Some(what);
-            let sent = self.writer.send(event).and_then(|()| self.writer.flush());
+            let sent = self.writer.write(step as i64, what).and_then(|()| self.writer.flush());
             sent.map_err(|error| {
                 artifact::Error::io("write", &self.path, io::Error::other(error)).into()
             })
@@ -140,8 +141,8 @@ mod written {
     mod tests {
         #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+        use tboard::SummaryReader;
         use tempfile::TempDir;
-        use tfrecord::EventIter;
 
         use super::*;
         use crate::train::metrics::{Log, Step};
@@ -166,9 +167,9 @@ mod written {
             let files: Vec<_> = fs::read_dir(output.join(DIRECTORY)).unwrap().collect();
             assert_eq!(files.len(), 1);
             let path = files[0].as_ref().unwrap().path();
-            let events = EventIter::open(path, tfrecord::RecordReaderConfig::default()).unwrap();
-            let mut events = events.map(Result::unwrap);
-            assert_eq!(events.next().unwrap().what, Some(What::FileVersion(VERSION.to_owned())));
+            let mut events = SummaryReader::new(File::open(path).unwrap()).map(Result::unwrap);
+            let version = What::FileVersion("brain.Event:2".to_owned());
+            assert_eq!(events.next().unwrap().what, Some(version));
             let Some(What::SessionLog(start)) = events.next().unwrap().what else {
                 panic!("no session begins")
             };

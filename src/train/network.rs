@@ -12,6 +12,7 @@ use std::ops::Range;
 use candle_core::{Device, Result as Candle, Tensor, Var};
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
+use super::batch::{Batch, Totals};
 use super::loss::{self, Loss};
 use super::parameters::Parameter;
 use super::random::{self, Use};
@@ -27,15 +28,6 @@ use crate::model::{Error, Parts};
 pub(super) struct Network {
     pub(super) parts: Parts,
     pub(super) parameters: Vec<Parameter>,
-}
-
-/// Whole windows, one after the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Batch {
-    /// `[windows · window]`.
-    pub(super) ids: Vec<u32>,
-    /// Number of windows.
-    pub(super) windows: usize,
 }
 
 /// What a forward pass is to be trained for.
@@ -62,47 +54,11 @@ pub(super) struct Sampling {
     pub(super) alpha: f64,
 }
 
-/// Sums over the windows of a forward pass: the predictions' losses, in nats, and their number, the
-/// decisions that keep, and all of them.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub(super) struct Totals(pub(super) [f64; Totals::COUNT]);
-
-impl Totals {
-    /// How many there are.
-    pub(super) const COUNT: usize = 4;
-
-    /// The mean loss of the predictions, in nats.
-    pub(super) fn prediction(&self) -> f64 {
-        self.0[0] / self.0[1].max(1.0)
-    }
-
-    /// The share of decisions that keep; `None` if nothing is routed.
-    pub(super) fn keep(&self) -> Option<f64> {
-        (self.0[3] > 0.0).then(|| self.0[2] / self.0[3])
-    }
-
-    /// The loss of the predictions and the pull towards the target.
-    pub(super) fn loss(&self, sampling: Option<&Sampling>) -> f64 {
-        let pull = sampling.zip(self.keep());
-        let pull = pull.map(|(sampling, keep)| sampling.alpha * (sampling.target - keep).abs());
-        self.prediction() + pull.unwrap_or_default()
-    }
-
-    /// What the loss gains with every decision that keeps, by the pull alone.
-    fn pull(&self, sampling: Option<&Sampling>) -> f64 {
-        let Some((sampling, keep)) = sampling.zip(self.keep()) else { return 0.0 };
-        let sign = match keep.total_cmp(&sampling.target) {
-            std::cmp::Ordering::Less => -1.0,
-            std::cmp::Ordering::Equal => 0.0,
-            std::cmp::Ordering::Greater => 1.0,
-        };
-        sampling.alpha * sign / self.0[3]
-    }
-}
-
 /// A forward pass that waits for its backward.
 pub(super) struct Forward {
     step: Step,
+    /// Of the batch.
+    mask: Option<Tensor>,
     /// By layer; `None` where the layer is to run again.
     graphs: Vec<Option<Graph>>,
     inputs: Vec<Tensor>,
@@ -185,14 +141,15 @@ impl Network {
         let mut counts = (0.0, 0_usize);
         for at in 0..self.parts.layers.len() {
             let graph = self.layer(at, &x, &step)?;
-            self.count(at, &graph, &mut counts)?;
+            self.count(at, &graph, batch, &mut counts)?;
             let y = graph.y.detach();
             inputs.push(std::mem::replace(&mut x, y));
             graphs.push((!objective.recompute).then_some(graph));
         }
         let (loss, gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
         let totals = Totals([loss.sum, loss.count as f64, counts.0, counts.1 as f64]);
-        Ok(Forward { step, graphs, inputs, gradient, totals })
+        let mask = batch.mask().map_err(outside)?;
+        Ok(Forward { step, mask, graphs, inputs, gradient, totals })
     }
 
     /// The second half: the gradients by parameter of the whole pass' loss, as far as they come from
@@ -203,7 +160,7 @@ impl Network {
         sampling: Option<&Sampling>,
         totals: &Totals,
     ) -> Result<Vec<Vec<f32>>, Error> {
-        let Forward { step, mut graphs, mut inputs, mut gradient, totals: own } = forward;
+        let Forward { step, mask, mut graphs, mut inputs, mut gradient, totals: own } = forward;
         let share = own.0[1] / totals.0[1].max(1.0);
         if own.0[1] < totals.0[1] {
             gradient = (gradient * share).map_err(outside)?;
@@ -218,6 +175,7 @@ impl Network {
                 None => self.layer(at, &input, &step)?,
             };
             let place = self.place(at);
+            let pull = (pull, mask.as_ref());
             gradient = self.back(at, graph, &gradient, pull, &mut gradients).map_err(place)?;
         }
         Ok(gradients)
@@ -231,7 +189,7 @@ impl Network {
     ) -> Result<(Loss, (f64, usize)), Error> {
         let step = self.step(batch, decide).map_err(outside)?;
         let mut counts = (0.0, 0);
-        let x = self.walk(batch, &step, |at, graph| self.count(at, graph, &mut counts))?;
+        let x = self.walk(batch, &step, |at, graph| self.count(at, graph, batch, &mut counts))?;
         let (loss, _) = self.head(&x, batch, None, false).map_err(outside)?;
         Ok((loss, counts))
     }
@@ -261,13 +219,12 @@ impl Network {
     }
 
     fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
-        let window = batch.ids.len() / batch.windows.max(1);
-        Step::whole(batch.windows, window, &self.parts.frequencies, decide)
+        Step::whole(batch.windows(), batch.window(), &self.parts.frequencies, decide)
     }
 
     /// `[rows, hidden]`.
     fn embed(&self, batch: &Batch) -> Candle<Tensor> {
-        let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &Device::Cpu)?;
+        let ids = Tensor::from_slice(batch.ids(), batch.rows(), &Device::Cpu)?;
         self.parts.embedding.index_select(&ids, 0)
     }
 
@@ -282,17 +239,27 @@ impl Network {
     }
 
     /// Adds a layer's decisions to the sum of keeps and their number.
-    fn count(&self, at: usize, graph: &Graph, counts: &mut (f64, usize)) -> Result<(), Error> {
+    fn count(
+        &self,
+        at: usize,
+        graph: &Graph,
+        batch: &Batch,
+        counts: &mut (f64, usize),
+    ) -> Result<(), Error> {
         for decision in &graph.decisions {
-            let kept = match &decision.keep {
-                Some(keep) => hold(keep).map(|keep| keep.iter().map(|k| f64::from(*k)).sum()),
+            let kept: Candle<f64> = match &decision.keep {
+                Some(keep) => hold(keep).map(|keep| {
+                    let real = keep.iter().zip(batch.real()).filter(|(_, real)| *real);
+                    real.map(|(keep, _)| f64::from(*keep)).sum()
+                }),
                 None => decision.margins.contiguous().and_then(|margins| {
-                    let kept = hold(&margins)?.iter().filter(|margin| **margin >= 0.0).count();
-                    Ok(kept as f64)
+                    let margins = hold(&margins)?;
+                    let real = margins.iter().zip(batch.real()).filter(|(_, real)| *real);
+                    Ok(real.filter(|(margin, _)| **margin >= 0.0).count() as f64)
                 }),
             };
             counts.0 += kept.map_err(self.place(at))?;
-            counts.1 += decision.margins.elem_count();
+            counts.1 += batch.tokens();
         }
         Ok(())
     }
@@ -310,10 +277,11 @@ impl Network {
         let x = Var::from_tensor(x)?;
         let normed = self.parts.norm.forward(&x, kernels)?;
         let mut loss = match teacher {
-            None => loss::next_token(&normed, weight, &targets(batch), gradient)?,
+            None => loss::next_token(&normed, weight, &batch.targets(), gradient)?,
             Some(teacher) => {
                 let teacher = self.parts.norm.forward(teacher, kernels)?;
-                loss::distilled(&normed, &teacher, weight)?
+                let real: Vec<_> = batch.real().collect();
+                loss::distilled(&normed, &teacher, weight, &real)?
             }
         };
         if !gradient {
@@ -336,12 +304,13 @@ impl Network {
         at: usize,
         graph: Graph,
         gradient: &Tensor,
-        pull: f64,
+        (pull, mask): (f64, Option<&Tensor>),
         gradients: &mut [Vec<f32>],
     ) -> Candle<Tensor> {
         let mut root = seed(&graph.y, gradient)?;
         for keep in graph.decisions.iter().filter_map(|decision| decision.keep.as_ref()) {
-            root = (root + (keep.sum_all()? * pull)?)?;
+            let kept = mask.map_or_else(|| keep.sum_all(), |mask| (keep * mask)?.sum_all());
+            root = (root + (kept? * pull)?)?;
         }
         let mut store = root.backward()?;
         let own = self.parameters.iter().zip(gradients).filter(|(one, _)| one.layer == at);
@@ -364,13 +333,6 @@ impl Network {
         let layer = self.parts.layers.get(at).map(|layer| layer.index);
         move |source| Error::Compute { layer, source }
     }
-}
-
-/// The next token of every token but the last of each window.
-fn targets(batch: &Batch) -> Vec<Option<u32>> {
-    let window = batch.ids.len() / batch.windows.max(1);
-    let next = |at: usize| (!(at + 1).is_multiple_of(window)).then(|| batch.ids[at + 1]);
-    (0..batch.ids.len()).map(next).collect()
 }
 
 fn outside(source: candle_core::Error) -> Error {

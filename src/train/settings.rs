@@ -31,6 +31,9 @@ pub struct Settings {
     pub accumulate: usize,
     /// Tokens of a window.
     pub window: usize,
+    /// Whether documents stay apart, each in windows of its own, and windows are padded.
+    #[serde(default)]
+    pub pad: bool,
     /// Of initial weights, noise and order.
     pub seed: u64,
     /// The learning rate.
@@ -66,6 +69,9 @@ pub struct Router {
     pub tau: Line,
     /// The initial bias towards keep; 0 is the published initialisation.
     pub keep_bias: f64,
+    /// The width of a hidden layer; `None` for routers of one layer.
+    #[serde(default)]
+    pub width: Option<usize>,
 }
 
 /// LoRA tuning.
@@ -177,6 +183,8 @@ impl Settings {
                 )?;
                 ensure(above(router.tau.from), "--tau-from", &router.tau.from, positive)?;
                 ensure(above(router.tau.to), "--tau-to", &router.tau.to, positive)?;
+                let width = router.width.unwrap_or(1);
+                ensure(width > 0, "--router-width", &width, "1 or more")?;
                 let bias = router.keep_bias;
                 ensure(bias.is_finite(), "--keep-bias", &bias, "a finite number")
             }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::Error;
-use super::network::Totals;
+use super::batch::Totals;
 use crate::world::{Stopped, World};
 
 /// One rank's share.

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! All numbers are little-endian. A place says at which byte of the text (or row of the table) a token begins, for every
-//! [`EVERY`]th token and the first of every document. Like every other input the file is read with
+//! [`EVERY`]th token and the first of every document; that of a document's first has [`DOCUMENT`] set. Like every other input the file is read with
 //! positioned reads, a window at a time.
 
 use std::fs::{self, File};
@@ -18,9 +18,11 @@ use super::read::Text;
 use super::{Error, FIELD, Place, Tokenisation};
 use crate::artifact::hash;
 
-const MAGIC: &[u8; 8] = b"SKIPTOK1";
+const MAGIC: &[u8; 8] = b"SKIPTOK2";
 const KEY: usize = 64;
 const HEADER: usize = 8 + KEY + 16;
+/// The bit of a token's number that says that a document begins with it.
+const DOCUMENT: u64 = 1 << 63;
 /// Tokens from one recorded place to the next.
 const EVERY: u64 = 128;
 
@@ -36,6 +38,8 @@ pub(super) struct Tokens {
     count: u64,
     /// (token, byte), in order.
     places: Vec<(u64, u64)>,
+    /// Which of them documents begin at.
+    documents: Vec<usize>,
 }
 
 impl Tokens {
@@ -102,7 +106,7 @@ impl Tokens {
         }
         let mut bytes = vec![0; places as usize * 16];
         file.read_exact_at(&mut bytes, HEADER as u64 + count * 4).map_err(failed)?;
-        let places = bytes
+        let places: Vec<_> = bytes
             .as_chunks::<16>()
             .0
             .iter()
@@ -111,6 +115,9 @@ impl Tokens {
                 (both as u64, (both >> 64) as u64)
             })
             .collect();
+        let begins = |(token, _): &(u64, u64)| token & DOCUMENT != 0;
+        let documents = (0..places.len()).filter(|at| begins(&places[*at])).collect();
+        let places = places.into_iter().map(|(token, byte)| (token & !DOCUMENT, byte)).collect();
         Ok(Some(Self {
             text: text.path.clone(),
             rows: text.has_rows(),
@@ -119,6 +126,7 @@ impl Tokens {
             key: key.to_owned(),
             count,
             places,
+            documents,
         }))
     }
 
@@ -151,6 +159,11 @@ impl Tokens {
         Ok(())
     }
 
+    /// The first token of every document, in order.
+    pub(super) fn documents(&self) -> impl Iterator<Item = u64> {
+        self.documents.iter().map(|at| self.places[*at].0)
+    }
+
     /// Where token `token` stands in the text.
     pub(super) fn place(&self, token: u64) -> Place {
         let at = self.places.partition_point(|(first, _)| *first <= token).saturating_sub(1);
@@ -181,7 +194,8 @@ fn write(
         for (id, byte) in tokens {
             if begins || count.is_multiple_of(EVERY) {
                 let byte = if piece.plain { byte as u64 } else { 0 };
-                places.push((count, piece.offset + byte));
+                let mark = if begins { DOCUMENT } else { 0 };
+                places.push((count | mark, piece.offset + byte));
             }
             begins = false;
             output.write_all(&id.to_le_bytes()).map_err(failed)?;

@@ -124,9 +124,9 @@ fn a_damaged_cache_gives_no_token_the_model_lacks() {
 fn windows_cover_the_text_and_the_last_are_held_out() {
     let files = Files::new(&[("a.txt", "abcdefghij"), ("b.txt", "klmnopqrstu")]);
     let corpus = files.open(&["a.txt", "b.txt"]).unwrap();
-    let windows = Windows::new(&corpus, 4, 1).unwrap();
+    let windows = Windows::new(&corpus, 4, Cut::Packed, 1).unwrap();
     assert_eq!(windows.len(), 5);
-    let (training, held_out) = windows.hold_out(0.2).unwrap();
+    let (training, held_out) = windows.clone().hold_out(0.2).unwrap();
     assert_eq!((training.len(), held_out.len()), (4, 1));
     let text = |windows: &Windows<'_>, index| {
         let ids: Vec<i64> = windows.tokens(index).unwrap().into_iter().map(i64::from).collect();
@@ -137,6 +137,33 @@ fn windows_cover_the_text_and_the_last_are_held_out() {
     assert_eq!(text(&held_out, 0), "pqrs");
     assert_eq!(training.place(3), Place { path: files.path("b.txt"), offset: 0, rows: false });
     assert!(windows.hold_out(0.95).is_err());
+}
+
+#[test]
+fn documents_can_stay_apart() {
+    let files = Files::new(&[
+        ("a.jsonl", "{\"text\": \"abcdefghi\"}\n{\"text\": \"jkl\"}\n{\"text\": \"m\"}\n"),
+        ("b.txt", &"0123456789".repeat(30)),
+    ]);
+    let corpus = files.open(&["a.jsonl", "b.txt"]).unwrap();
+    let windows = Windows::new(&corpus, 4, Cut::Apart, 1).unwrap();
+    let text = |index| {
+        let tokens = windows.tokens(index).unwrap();
+        assert_eq!(tokens.len(), windows.length(index));
+        let decode = |id: u32| match id {
+            256 => "|".to_owned(),
+            id => files.tokenizer.decode(&[i64::from(id)]).unwrap(),
+        };
+        tokens.into_iter().map(decode).collect::<String>()
+    };
+    let first: Vec<_> = (0..6).map(text).collect();
+    assert_eq!(first, ["abcd", "efgh", "i|", "jkl|", "m|", "0123"]);
+    // Recorded places within a document begin none; the one token that is left is no window.
+    assert_eq!(windows.len(), 5 + 75);
+    assert_eq!(text(79), "6789");
+    assert_eq!(windows.place(3).offset, 22);
+    let (training, held_out) = windows.clone().hold_out(0.5).unwrap();
+    assert_eq!((training.len(), held_out.len(), held_out.length(39)), (40, 40, 4));
 }
 
 #[test]
@@ -187,7 +214,9 @@ fn what_is_no_text_is_refused_by_name() {
         assert_eq!(files.message(&[name]), message);
     }
     let corpus = Files::new(&[("a.txt", "short")]);
-    let error = Windows::new(&corpus.open(&["a.txt"]).unwrap(), 32, 1).unwrap_err().to_string();
+    let error = Windows::new(&corpus.open(&["a.txt"]).unwrap(), 32, Cut::Packed, 1)
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "the text has 6 tokens, 0 windows of 32; 1 are needed");
 }
 
@@ -257,10 +286,10 @@ mod tables {
         {
             fs::create_dir_all(files.path(name)).unwrap();
             let path = format!("{name}/table.parquet");
-            let groups = [&[Some("one"), None, Some("")][..], &[Some("two"), Some("thr\u{e9}")]];
+            let groups = [&[Some("one"), None, Some("")][..], &[Some("two"), Some("three")]];
             write(&files.path(&path), "text", &groups, compression);
             let corpus = files.open(&["a.txt", name]).unwrap();
-            assert_eq!(files.text(&corpus), "zero|one|two|thr\u{e9}|", "{name}");
+            assert_eq!(files.text(&corpus), "zero|one|two|three|", "{name}");
             let place = corpus.place(13);
             assert_eq!(place, Place { path: files.path(&path), offset: 4, rows: true });
             assert!(place.to_string().ends_with("table.parquet from row 4 on"));

@@ -29,6 +29,7 @@ fn settings(stage: Stage, batch: usize, accumulate: usize) -> Settings {
         batch,
         accumulate,
         window: 16,
+        pad: false,
         seed: 5,
         rate: Rate { peak: 2e-3, shape: Shape::Constant, warm_up: 0.0 },
         optimizer: optimizer::Settings { weight_decay: 0.01, clip: Some(1.0) },
