@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use skipgpt_export::checkpoint;
 use skipgpt_passes::ir;
@@ -245,6 +246,59 @@ fn documents_that_stay_apart_are_padded() {
     });
     // Real tokens are counted: fewer than there is room for.
     assert!(killed == whole && whole > 200 * 4 * 10 && whole < 200 * 4 * 32, "{killed} {whole}");
+}
+
+/// The tests' model with its matrices rounded to `dtype` and stored as before.
+fn rounded(place: &Place, name: &str, round: fn(f32) -> f32) -> String {
+    let model = place.path(name);
+    fs::create_dir(&model).unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        fs::copy(tiny().join(name), model.join(name)).unwrap();
+    }
+    let bytes = fs::read(tiny().join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            assert_eq!(tensor.dtype(), Dtype::F32);
+            let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+            let matrix = tensor.shape().len() > 1;
+            let values = values.map(|value| if matrix { round(value) } else { value });
+            let data: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+            (name.to_owned(), tensor.shape().to_vec(), data)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, data)| {
+        (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    let file = safetensors::serialize(views, None).unwrap();
+    fs::write(model.join("model.safetensors"), file).unwrap();
+    model.to_str().unwrap().to_owned()
+}
+
+/// Products are those of the rounded weights, in f32.
+#[test]
+fn a_base_in_half_precision_is_a_rounded_base() {
+    let place = Place::new();
+    let f16 = |value| half::f16::from_f32(value).to_f32();
+    let bf16 = |value| half::bf16::from_f32(value).to_f32();
+    let bytes = |run: &str, file: &str| fs::read(place.path(run).join(file)).unwrap();
+    for (dtype, round) in [("f16", f16 as fn(f32) -> f32), ("bf16", bf16)] {
+        let model = rounded(&place, dtype, round);
+        for (stage, file) in
+            [("router", "router.safetensors"), ("lora", "adapter/adapter_model.safetensors")]
+        {
+            let more = ["--steps", "12", "--seed", "5", "--distill"];
+            let run = |name: &str, own: &[&str]| {
+                let name = format!("{stage}-{dtype}-{name}");
+                place.succeeds(stage, &name, &[&more[..], own].concat());
+                bytes(&name, file)
+            };
+            let half = run("half", &["--base-dtype", dtype]);
+            assert!(half == run("rounded", &["--model", &model]), "{stage}, {dtype}");
+            assert!(half != run("whole", &[]), "{stage}, {dtype}");
+        }
+    }
 }
 
 #[test]

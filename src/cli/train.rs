@@ -8,7 +8,7 @@ use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::train::data::FIELD;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
-use skipgpt_export::train::settings::{Lora, Router, Settings, Stage, Target};
+use skipgpt_export::train::settings::{Base, Lora, Router, Settings, Stage, Target};
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
 use skipgpt_export::world::World;
 
@@ -89,6 +89,7 @@ pub(crate) struct LoraArguments {
     common: CommonArguments,
 }
 
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 #[derive(Debug, Args)]
 pub(crate) struct CommonArguments {
     /// Text to train on: files and directories of plain text, JSONL or Parquet
@@ -137,6 +138,9 @@ pub(crate) struct CommonArguments {
     /// Clip gradients to this norm; 0 leaves them
     #[arg(long, value_name = "NORM", default_value_t = 1.0)]
     clip: f64,
+    /// What the frozen base is kept in; products, routers, adapters and losses are f32
+    #[arg(long, value_enum, value_name = "DTYPE", default_value_t = BaseDtype::F32)]
+    base_dtype: BaseDtype,
     /// Learn the dense model's predictions in place of the text
     #[arg(long)]
     distill: bool,
@@ -175,6 +179,23 @@ enum Preset {
     Paper,
     /// Alpha 20, cosine with 10 % warm-up
     Code,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BaseDtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<BaseDtype> for Base {
+    fn from(dtype: BaseDtype) -> Self {
+        match dtype {
+            BaseDtype::F32 => Self::F32,
+            BaseDtype::F16 => Self::F16,
+            BaseDtype::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -302,6 +323,7 @@ fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Sett
             weight_decay: common.weight_decay,
             clip: (common.clip != 0.0).then_some(common.clip),
         },
+        base: common.base_dtype.into(),
         distill: common.distill,
         hold_out: (!none).then_some(common.hold_out),
     }

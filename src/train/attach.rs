@@ -89,9 +89,7 @@ impl NewRouter<'_> {
         let next = (self.seed, self.parameters.len());
         let uniform = Initial::Uniform { bound };
         let weight = Parameter::new(name("weight"), self.at, &shape, uniform, next)?;
-        if scale != 1.0 {
-            weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
-        }
+        weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
         let biases = Initial::Values(biases);
         let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, next)?;
         let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };

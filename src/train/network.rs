@@ -16,9 +16,8 @@ use super::batch::{Batch, Totals};
 use super::loss::{self, Loss};
 use super::parameters::Parameter;
 use super::random::{self, Use};
-use crate::model::gradient::{hold, seed};
+use crate::model::gradient::{hold, seed, widened};
 use crate::model::layer::Decision;
-use crate::model::linear::Linear;
 use crate::model::router::Routing;
 use crate::model::step::{Decide, Relaxation, Step};
 use crate::model::{Error, Parts};
@@ -225,7 +224,7 @@ impl Network {
     /// `[rows, hidden]`.
     fn embed(&self, batch: &Batch) -> Candle<Tensor> {
         let ids = Tensor::from_slice(batch.ids(), batch.rows(), &Device::Cpu)?;
-        self.parts.embedding.index_select(&ids, 0)
+        widened(&self.parts.embedding.index_select(&ids, 0)?)
     }
 
     fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
@@ -272,7 +271,7 @@ impl Network {
         teacher: Option<&Tensor>,
         gradient: bool,
     ) -> Candle<(Loss, Tensor)> {
-        let Linear { weight, .. } = &self.parts.head;
+        let weight = &widened(&self.parts.head.weight)?;
         let kernels = crate::model::ops::Kernels::Differentiable;
         let x = Var::from_tensor(x)?;
         let normed = self.parts.norm.forward(&x, kernels)?;

@@ -133,7 +133,11 @@ fn load(request: &Request<'_>, clock: &Clock) -> Result<Network, Error> {
         let lines: Vec<_> = violations.0.iter().map(ToString::to_string).collect();
         Error::Invalid(lines.join("\n"))
     })?;
-    let options = model::Options { kernels: Kernels::Differentiable, ..model::Options::default() };
+    let options = model::Options {
+        matrices: Some(request.settings.base.dtype()),
+        kernels: Kernels::Differentiable,
+        ..model::Options::default()
+    };
     let parts = Reference::load_with(model, &checkpoint.sources, options)?.into_parts();
     let seed = request.settings.seed;
     let network = match &request.settings.stage {

@@ -1,5 +1,6 @@
 //! What a run is told, and whether it makes sense.
 
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::optimizer;
@@ -40,11 +41,39 @@ pub struct Settings {
     pub rate: Rate,
     /// The optimiser.
     pub optimizer: optimizer::Settings,
+    /// What the frozen base is kept in.
+    #[serde(default)]
+    pub base: Base,
     /// Whether the dense model's predictions are learned in place of the text.
     pub distill: bool,
     /// The share of the windows that is held out; `None` where a text of its own is evaluated, or
     /// none.
     pub hold_out: Option<f64>,
+}
+
+/// What the matrices of the frozen base are kept in. Products are `f32` in any case, and so are norms,
+/// routers, adapters and losses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Base {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded: half the memory.
+    F16,
+    /// Rounded, with the range of `f32`.
+    Bf16,
+}
+
+impl Base {
+    /// As candle calls it.
+    pub(super) const fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// The two stages.

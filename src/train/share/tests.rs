@@ -14,7 +14,7 @@ use crate::text::Tokenizer;
 use crate::train::data::FIELD;
 use crate::train::optimizer;
 use crate::train::schedule::{Rate, Shape};
-use crate::train::settings::{Lora, Settings, Stage, Target};
+use crate::train::settings::{Base, Lora, Settings, Stage, Target};
 use crate::train::tests::{checkpoint, router_settings};
 use crate::train::{Event, Options, Outcome, Request, metrics, run};
 use crate::world::{Alone, threads};
@@ -33,6 +33,7 @@ fn settings(stage: Stage, batch: usize, accumulate: usize) -> Settings {
         seed: 5,
         rate: Rate { peak: 2e-3, shape: Shape::Constant, warm_up: 0.0 },
         optimizer: optimizer::Settings { weight_decay: 0.01, clip: Some(1.0) },
+        base: Base::F32,
         distill: false,
         hold_out: Some(0.1),
     }
