@@ -1,12 +1,13 @@
 # make demo        the whole way on a real model: import, export, verify, generate, compare
 # make test        every check that needs no PyTorch
+# make test-features  what a default build leaves out: several processes, Parquet, TensorBoard
 # make test-peers  checks against PyTorch, optimum and onnxruntime-genai (6 GB of packages)
 
 CARGO ?= cargo
 PYTHON ?= python3
 RUN = target/release/skipgpt-export
 
-.PHONY: all demo test test-peers lint fmt runtime model bless clean-artifacts
+.PHONY: all demo test test-features test-mpi test-peers lint fmt runtime model bless clean-artifacts
 
 all:
 	$(CARGO) build --release
@@ -23,6 +24,10 @@ demo: all runtime model
 
 test: runtime model
 	$(CARGO) test --workspace --locked
+
+# Installs Debian's Open MPI and libclang where they are missing and that is possible.
+test-features test-mpi: runtime
+	tests/features.sh $(CARGO)
 
 # Rewrite golden files and expected messages.
 bless: runtime model

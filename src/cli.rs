@@ -10,6 +10,7 @@ pub(crate) mod import;
 pub(crate) mod inspect;
 pub(crate) mod precision;
 pub(crate) mod profile;
+pub(crate) mod ranks;
 pub(crate) mod screen;
 pub(crate) mod sources;
 pub(crate) mod train;
@@ -107,4 +108,6 @@ pub(crate) enum Verdict {
     Holds,
     /// It was measured and does not hold.
     Fails,
+    /// Another process could not do its part, and says why.
+    Stopped,
 }

@@ -7,11 +7,14 @@
 //! overlap, and each token is scored once, in the first window that predicts it, so that later ones
 //! have more context. What is left over at the end and fills no window is not scored.
 
+use std::convert::Infallible;
+
 use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::ModuleKind;
 
 use crate::decoder::{Decoder, Input, Logits, Routing};
+use crate::world::{Stopped, World};
 
 pub mod baseline;
 pub mod choices;
@@ -26,6 +29,33 @@ pub struct Options {
     pub stride: Option<usize>,
     /// Number of windows at most.
     pub limit: Option<usize>,
+}
+
+impl Options {
+    /// Refuses windows that predict nothing, strides that leave out tokens and limits of nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Window`], [`Error::Stride`], [`Error::Limit`].
+    pub fn check(&self) -> Result<(), Error<Infallible>> {
+        self.stride().map(|_| ())
+    }
+
+    /// From one window to the next, if the options make sense.
+    fn stride<D>(&self) -> Result<usize, Error<D>> {
+        let Self { window, stride, limit } = *self;
+        let stride = stride.unwrap_or(window);
+        if window < 2 {
+            return Err(Error::Window(window));
+        }
+        if !(1..=window).contains(&stride) {
+            return Err(Error::Stride { stride, window });
+        }
+        if limit == Some(0) {
+            return Err(Error::Limit);
+        }
+        Ok(stride)
+    }
 }
 
 /// How far an evaluation is.
@@ -130,6 +160,9 @@ pub enum Error<D> {
         /// What was computed.
         value: f64,
     },
+    /// Another rank stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
 }
 
 /// The windows of a text.
@@ -142,17 +175,8 @@ pub(crate) struct Windows {
 
 impl Windows {
     pub(crate) fn new<D>(tokens: usize, options: Options) -> Result<Self, Error<D>> {
-        let Options { window, stride, limit } = options;
-        let stride = stride.unwrap_or(window);
-        if window < 2 {
-            return Err(Error::Window(window));
-        }
-        if !(1..=window).contains(&stride) {
-            return Err(Error::Stride { stride, window });
-        }
-        if limit == Some(0) {
-            return Err(Error::Limit);
-        }
+        let stride = options.stride()?;
+        let Options { window, limit, .. } = options;
         if tokens < window {
             return Err(Error::Short { tokens, window });
         }
@@ -168,14 +192,21 @@ impl Windows {
         Input::row(0, &tokens, logits)
     }
 
+    /// The windows this rank runs to learn the model's modules and to count: its share, or the first
+    /// where nothing is left for it, which it must then leave out of its counts.
+    pub(crate) fn of(&self, world: &dyn World) -> Vec<usize> {
+        let own: Vec<_> = (0..self.count).filter(|index| world.takes(*index)).collect();
+        if own.is_empty() { vec![0] } else { own }
+    }
+
     /// The first place in window `index` that no window before it predicts.
     fn first_scored(&self, index: usize) -> usize {
         if index == 0 { 1 } else { (self.window - self.stride).max(1) }
     }
 }
 
-/// Runs `decoder` over `tokens` (a text without special tokens) and scores its predictions;
-/// `progress` hears of every window.
+/// Runs `decoder` over `tokens` (a text without special tokens) and scores its predictions, each rank
+/// of `world` its share of the windows; `progress` hears of every window of this rank.
 ///
 /// # Errors
 ///
@@ -184,12 +215,16 @@ pub fn perplexity<D: Decoder>(
     decoder: &mut D,
     tokens: &[u32],
     options: Options,
+    world: &dyn World,
     mut progress: impl FnMut(Progress),
 ) -> Result<Perplexity, Error<D::Error>> {
     let windows = Windows::new(tokens.len(), options)?;
-    let mut sums: Vec<(f64, usize)> = Vec::with_capacity(windows.count);
+    let scored = |index| windows.window - windows.first_scored(index);
+    // Another rank's windows are zero here, so that no sum depends on the number of ranks.
+    let mut losses = vec![0.0; windows.count];
+    let (mut done, mut own): (usize, Vec<(f64, usize)>) = (0, Vec::new());
     let mut decisions: Option<Decisions> = None;
-    for index in 0..windows.count {
+    for index in (0..windows.count).filter(|index| world.takes(*index)) {
         let input = windows.input(tokens, index, Logits::All);
         decoder.reset();
         let output =
@@ -200,8 +235,7 @@ pub fn perplexity<D: Decoder>(
             return Err(Error::Logits { window: index, found, expected });
         }
         let mut sum = 0.0;
-        let first = windows.first_scored(index);
-        for position in first..windows.window {
+        for position in windows.first_scored(index)..windows.window {
             let token = input.ids[[0, position]] as usize;
             let row = output.logits.slice(ndarray::s![0, position - 1, ..]);
             let value = log_likelihood(&row, token);
@@ -210,14 +244,18 @@ pub fn perplexity<D: Decoder>(
             }
             sum -= value;
         }
-        sums.push((sum, windows.window - first));
+        losses[index] = sum;
+        own.push((sum, scored(index)));
         if let Some(routing) = &output.routing {
             decisions.get_or_insert_default().count(routing, &input);
         }
-        let perplexity = mean(&sums).exp();
-        progress(Progress { done: index + 1, windows: windows.count, perplexity });
+        done = (done + world.size()).min(windows.count);
+        progress(Progress { done, windows: windows.count, perplexity: mean(&own).exp() });
     }
     decoder.reset();
+    world.sum(&mut losses)?;
+    let decisions = Decisions::of_all(decisions, world)?;
+    let sums: Vec<_> = losses.into_iter().enumerate().map(|(at, sum)| (sum, scored(at))).collect();
     let nll = mean(&sums);
     Ok(Perplexity {
         perplexity: nll.exp(),
@@ -279,6 +317,17 @@ impl Decisions {
                 }
             }
         }
+    }
+
+    /// Those of all ranks, where any has some.
+    pub(crate) fn of_all(own: Option<Self>, world: &dyn World) -> Result<Option<Self>, Stopped> {
+        let known = own.is_some();
+        let Self { attention, mlp } = own.unwrap_or_default();
+        let counts = [attention.0, attention.1, mlp.0, mlp.1, usize::from(known)];
+        let mut sums = counts.map(|count| count as f64);
+        world.sum(&mut sums)?;
+        let [a, b, c, d, known] = sums.map(|sum| sum as usize);
+        Ok((known > 0).then_some(Self { attention: (a, b), mlp: (c, d) }))
     }
 
     pub(crate) fn skipped(&self) -> Skipped {

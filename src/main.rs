@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(Verdict::Holds) => ExitCode::SUCCESS,
         Ok(Verdict::Fails) => ExitCode::from(1),
+        Ok(Verdict::Stopped) => ExitCode::from(2),
         Err(error) => {
             use std::io::Write;
             let _ = writeln!(std::io::stderr().lock(), "error: {}", message(&error));
@@ -40,17 +41,17 @@ fn message(error: &anyhow::Error) -> String {
 
 fn run(cli: Cli) -> anyhow::Result<Verdict> {
     cli::screen::catch_interrupts()?;
-    match cli.command {
+    cli::ranks::run(cli.command, |command, world| match command {
         Command::Import(arguments) => cli::import::run(arguments),
-        Command::Train(command) => cli::train::run(&command),
-        Command::Profile(arguments) => cli::profile::run(&arguments),
+        Command::Train(command) => cli::train::run(&command, world),
+        Command::Profile(arguments) => cli::profile::run(&arguments, world),
         Command::Export(arguments) => cli::export::run(&arguments),
         Command::Verify(arguments) => cli::verify::run(&arguments),
         Command::Golden(command) => cli::golden::run(&command),
         Command::Generate(arguments) => cli::generate::run(&arguments),
-        Command::Eval(arguments) => cli::eval::run(&arguments),
+        Command::Eval(arguments) => cli::eval::run(&arguments, world),
         Command::Bench(arguments) => cli::bench::run(&arguments),
         Command::Inspect(arguments) => cli::inspect::run(&arguments),
         Command::Doctor(arguments) => cli::doctor::run(&arguments),
-    }
+    })
 }

@@ -44,6 +44,9 @@ pub struct Options {
     /// Of weights and activations; routers and softmax are `f32` in any case. Candle multiplies
     /// `bf16` matrices on CUDA only.
     pub dtype: DType,
+    /// Of frozen matrices, if another than [`Options::dtype`]: they are widened where training
+    /// multiplies with them, and nothing else can.
+    pub matrices: Option<DType>,
     /// Which form of the operations is used.
     pub kernels: Kernels,
 }
@@ -51,7 +54,7 @@ pub struct Options {
 impl Default for Options {
     /// `f32` on the CPU, for inference.
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, kernels: Kernels::Fused }
+        Self { device: Device::Cpu, dtype: DType::F32, matrices: None, kernels: Kernels::Fused }
     }
 }
 
@@ -209,7 +212,7 @@ impl Reference {
     ) -> Result<Self, Error> {
         let model = model.model();
         let loader = load::Loader { config: &model.config, sources, options: &options };
-        let embedding = loader.tensor(&model.embedding)?;
+        let embedding = loader.matrix(&model.embedding)?;
         let head = if model.head.weight == model.embedding {
             loader.tied(embedding.clone(), &model.head)?
         } else {

@@ -10,6 +10,7 @@ use skipgpt_passes::ir::{Config, ModuleId, ModuleKind};
 
 use crate::decoder::{Decoder, Input, Logits, Routing};
 use crate::eval::{self, Decisions, Options, Skipped, Windows};
+use crate::world::{Stopped, World};
 
 pub mod read;
 
@@ -100,6 +101,9 @@ pub enum Error<D> {
         /// From 0.
         window: usize,
     },
+    /// Another rank stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
 }
 
 /// Why a profile cannot be used as asked.
@@ -146,7 +150,8 @@ impl From<&Config> for Fingerprint {
 }
 
 /// Runs `decoder`, which runs the model of `config`, over `tokens` (a text without special tokens)
-/// and counts its decisions; `progress` hears of every window: (done, in all).
+/// and counts its decisions, each rank of `world` in its share of the windows; `progress` hears of
+/// every window of this rank: (done, in all).
 ///
 /// # Errors
 ///
@@ -157,24 +162,32 @@ pub fn measure<D: Decoder>(
     config: &Config,
     tokens: &[u32],
     options: Options,
+    world: &dyn World,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Profile, Error<D::Error>> {
     let windows = Windows::new(tokens.len(), options)?;
     let mut counts = Counts::new(windows.window);
     let mut decisions = Decisions::default();
-    for index in 0..windows.count {
+    let mut done = 0;
+    for index in windows.of(world) {
         let input = windows.input(tokens, index, Logits::Last);
         decoder.reset();
         let output = decoder
             .step(&input)
             .map_err(|source| eval::Error::Decoder { window: index, source })?;
         let routing = output.routing.ok_or(Error::NoRouting)?;
-        if !counts.add(&routing, &input) {
+        if !counts.learn(&routing) {
             return Err(Error::Modules { window: index });
         }
-        decisions.count(&routing, &input);
-        progress(index + 1, windows.count);
+        if world.takes(index) {
+            counts.add(&routing, &input);
+            decisions.count(&routing, &input);
+        }
+        done = (done + world.size()).min(windows.count);
+        progress(done, windows.count);
     }
+    counts.sum(world)?;
+    let decisions = Decisions::of_all(Some(decisions), world)?.unwrap_or_default();
     decoder.reset();
     if counts.modules.is_empty() {
         return Err(Error::NoRouters);
@@ -210,18 +223,29 @@ impl Counts {
     }
 
     /// Whether the modules are those of the windows before.
-    fn add(&mut self, routing: &Routing, input: &Input) -> bool {
+    fn learn(&mut self, routing: &Routing) -> bool {
         if self.modules.is_empty() {
             self.modules.clone_from(&routing.modules);
             self.kept = vec![vec![0; self.ranges.len()]; self.modules.len()];
         }
+        self.modules == routing.modules
+    }
+
+    fn add(&mut self, routing: &Routing, input: &Input) {
         for (m, kept) in self.kept.iter_mut().enumerate() {
             for (kept, &(from, to)) in kept.iter_mut().zip(&self.ranges) {
-                let keeps = |s: &usize| routing.modules.len() > m && routing.keeps(m, 0, *s);
+                let keeps = |s: &usize| routing.keeps(m, 0, *s);
                 *kept += (from..to.min(input.sequence())).filter(keeps).count();
             }
         }
-        self.modules == routing.modules
+    }
+
+    /// Adds the counts of the other ranks.
+    fn sum(&mut self, world: &dyn World) -> Result<(), Stopped> {
+        let mut counts: Vec<f64> = self.kept.iter().flatten().map(|kept| *kept as f64).collect();
+        world.sum(&mut counts)?;
+        self.kept.iter_mut().flatten().zip(counts).for_each(|(kept, sum)| *kept = sum as usize);
+        Ok(())
     }
 
     fn positions(&self, windows: usize) -> Vec<Positions> {

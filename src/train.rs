@@ -6,6 +6,7 @@
 //! ```text
 //! run.json            settings and what identifies the inputs
 //! metrics.jsonl       a line per step and per evaluation
+//! tensorboard/        the same, where asked for
 //! checkpoints/        the last few, each whole or not there
 //! tokens/             the texts, tokenised
 //! router.safetensors  the result of router tuning; or
@@ -16,7 +17,9 @@
 //! from parameters, moments and a step number, and ends in the bytes it would have ended in.
 
 mod attach;
+mod batch;
 pub mod data;
+pub mod events;
 mod loss;
 pub mod metrics;
 mod network;
@@ -29,9 +32,11 @@ mod record;
 mod run;
 pub mod schedule;
 pub mod settings;
+mod share;
 pub mod state;
 #[cfg(test)]
 mod tests;
+mod trainer;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -40,6 +45,7 @@ use candle_core::Error as CandleError;
 
 use crate::checkpoint::Checkpoint;
 use crate::text::Tokenizer;
+use crate::world::{Stopped, World};
 use crate::{artifact, model};
 
 pub use run::run;
@@ -58,6 +64,8 @@ pub struct Request<'a> {
     pub text: &'a [PathBuf],
     /// Files and directories of text to evaluate on, in place of a held-out share.
     pub evaluation: &'a [PathBuf],
+    /// The field of JSONL, or column of Parquet files, that holds the text.
+    pub text_field: &'a str,
     /// The run's directory.
     pub output: &'a Path,
     /// Where tokenised texts are kept; in the run's directory where not given.
@@ -68,6 +76,8 @@ pub struct Request<'a> {
     pub settings: &'a Settings,
     /// What does not.
     pub options: Options,
+    /// Those who train together; each is given the same request.
+    pub world: &'a dyn World,
 }
 
 /// What does not change what a run computes.
@@ -85,6 +95,8 @@ pub struct Options {
     pub keep_checkpoints: usize,
     /// Whether routers are written as `.pth` too.
     pub pth: bool,
+    /// Whether metrics are written as TensorBoard's event files too.
+    pub tensorboard: bool,
 }
 
 /// What goes on in a run.
@@ -209,6 +221,32 @@ pub enum Error {
         /// The checkpoint.
         checkpoint: PathBuf,
     },
+    /// The passes of a step cannot be divided among the ranks.
+    #[error(
+        "{processes} processes cannot share {accumulate} forward passes of {batch} windows: make --accumulate a multiple of {processes}, or --batch {processes} or more"
+    )]
+    Share {
+        /// How many ranks there are.
+        processes: usize,
+        /// Windows of a forward pass.
+        batch: usize,
+        /// Forward passes of a step.
+        accumulate: usize,
+    },
+    /// The program was not built to write event files.
+    #[error(
+        "this build does not write TensorBoard's files; build it with --features tensorboard, or leave --tensorboard out"
+    )]
+    NoTensorBoard,
+    /// The ranks do not see the same files.
+    #[error("the processes do not agree on {what}; all must see the same files")]
+    Unlike {
+        /// What differs.
+        what: &'static str,
+    },
+    /// Another rank stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// A computation outside the layers failed.
     #[error("{what}: {source}")]
     Compute {

@@ -13,6 +13,7 @@ use skipgpt_export::eval::choices::{self, Choices, Options, task};
 use skipgpt_export::logits::log_sum_exp;
 use skipgpt_export::model::Reference;
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::world::Alone;
 use skipgpt_passes::validate;
 use tempfile::TempDir;
 
@@ -141,7 +142,8 @@ fn sharing_a_prefix_changes_nothing() {
     let mut reference = Reference::load(model, &checkpoint.sources).unwrap();
     let tasks = task::read_all(&[own("sentences.jsonl"), own("pronouns.jsonl")]).unwrap();
     let found =
-        choices::measure(&mut reference, &tasks, &Options::default(), &encode, |_| {}).unwrap();
+        choices::measure(&mut reference, &tasks, &Options::default(), &encode, &Alone, |_| {})
+            .unwrap();
     for (task, scores) in tasks.iter().zip(&found.tasks) {
         for (item, scores) in task.items.iter().zip(&scores.items) {
             assert_eq!(item.line, scores.line);
@@ -266,6 +268,12 @@ fn what_cannot_be_measured_is_refused() {
         &["--choices", &sentences, "--limit", "0"],
         "a limit of 0 items leaves nothing to measure; it must be 1 or more",
     );
+    // Nothing is loaded for what makes no sense.
+    for more in [["--choices", &sentences], ["--perplexity", &text]] {
+        let none = ["--model", &place.path("none"), "--limit", "0"];
+        let message = place.refused(&[&none[..], &more[..]].concat());
+        assert!(message.starts_with("error: a limit of 0 "), "{message}");
+    }
     refused(
         &["--choices", &sentences, "--task-separator", "sentence= "],
         "a separator is given for task sentence; the tasks are sentences",

@@ -8,6 +8,8 @@ mod end_to_end;
 mod errors;
 mod eval;
 mod import;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod oracle;
 mod precision;
 mod runtime;

@@ -1,27 +1,30 @@
 //! `train` as it is typed: both stages, killed and resumed, and what is refused.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use skipgpt_export::checkpoint;
+use skipgpt_passes::ir;
 use tempfile::TempDir;
 
-fn tiny() -> PathBuf {
+pub(crate) fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/training/tiny")
 }
 
 /// A directory with a text; runs go beside it.
-struct Place {
+pub(crate) struct Place {
     directory: TempDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let place = Self { directory: TempDir::new().unwrap() };
         let mut text = String::new();
         for number in 0..400 {
@@ -31,12 +34,12 @@ impl Place {
         place
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// A run of the binary, not yet started.
-    fn command(&self, stage: &str, output: &str, more: &[&str]) -> Command {
+    pub(crate) fn command(&self, stage: &str, output: &str, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
         command.args(["train", stage]);
         if !more.contains(&"--model") {
@@ -63,7 +66,7 @@ impl Place {
         (status.code().unwrap(), text(stdout), text(stderr))
     }
 
-    fn succeeds(&self, stage: &str, output: &str, more: &[&str]) -> String {
+    pub(crate) fn succeeds(&self, stage: &str, output: &str, more: &[&str]) -> String {
         let (code, stdout, stderr) = self.run(stage, output, more);
         assert_eq!(code, 0, "{stdout}\n{stderr}");
         stdout
@@ -76,13 +79,13 @@ impl Place {
         assert_eq!(stderr, format!("error: {message}\n"));
     }
 
-    fn metrics(&self, output: &str) -> Vec<Value> {
+    pub(crate) fn metrics(&self, output: &str) -> Vec<Value> {
         let text = fs::read_to_string(self.path(output).join("metrics.jsonl")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// The bytes of a finished run: its last checkpoint and its result.
-    fn bytes(&self, output: &str, step: &str, result: &str) -> Vec<Vec<u8>> {
+    pub(crate) fn bytes(&self, output: &str, step: &str, result: &str) -> Vec<Vec<u8>> {
         let names = [
             &format!("checkpoints/step-{step}/state.safetensors"),
             &format!("checkpoints/step-{step}/state.json"),
@@ -174,6 +177,127 @@ fn both_stages_give_what_export_reads() {
         let attention = read.model.layers[2].attention.as_ref().unwrap();
         let lora = attention.q.lora.as_ref().unwrap();
         assert_eq!(lora.scale.to_bits(), 2.0_f64.to_bits());
+    }
+}
+
+/// From training to a verified artifact.
+#[test]
+fn routers_of_two_layers_are_trained_and_exported() {
+    let place = Place::new();
+    let more = ["--steps", "40", "--router-layers", "2", "--router-width", "6", "--skip", "0.4"];
+    place.succeeds("router", "routers", &more);
+    let (model, router) = (tiny(), place.path("routers/router.safetensors"));
+    let read = checkpoint::read(&checkpoint::Request {
+        model: Some(&model),
+        router: Some(&router),
+        ..checkpoint::Request::default()
+    });
+    let hidden = read.unwrap().model.layers[1].mlp.as_ref().map(|module| match &module.routing {
+        ir::Routing::Routed { source: ir::Source::Own(router), .. } => router.hidden.clone(),
+        _ => None,
+    });
+    assert_eq!(hidden.flatten().unwrap().weight.shape()[0], 6);
+    let artifact = place.path("artifact");
+    let run = |arguments: &[&OsStr]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+        command.args(arguments).arg("--model").arg(&model).arg("--router").arg(&router);
+        // ONNX Runtime is found from the project's root.
+        let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["export".as_ref(), "-o".as_ref(), artifact.as_ref()]);
+    run(&["verify".as_ref(), artifact.as_ref()]);
+
+    let message =
+        "--router-width is 6, and a router of one layer has no width; add --router-layers 2";
+    place.refused("router", "run", &["--router-width", "6"], message);
+    let more = ["--router-layers", "2", "--router-width", "0"];
+    place.refused("router", "run", &more, "--router-width is 0; expected 1 or more");
+    let more = ["--steps", "40", "--router-layers", "2", "--router-width", "7", "--skip", "0.4"];
+    let (code, _, message) = place.run("router", "routers", &[&more[..], &["--resume"]].concat());
+    assert!(
+        code == 2 && message.contains("settings.stage.router.width is 6 in the run"),
+        "{message}"
+    );
+}
+
+/// Documents of many lengths, each apart; killed and resumed too.
+#[test]
+fn documents_that_stay_apart_are_padded() {
+    let place = Place::new();
+    let mut lines = String::new();
+    for length in 1..60 {
+        writeln!(lines, "{{\"body\": \"{}\"}}", "word ".repeat(length % 17 + 1)).unwrap();
+    }
+    let text = place.path("text.jsonl");
+    fs::write(&text, lines).unwrap();
+    let more = ["--text", text.to_str().unwrap(), "--text-field", "body", "--pad", "--seed", "5"];
+    place.kill_and_resume("router", "killed", &more, "200");
+    place.succeeds(
+        "router",
+        "whole",
+        &[&more[..], &["--steps", "200", "--save-every", "200"]].concat(),
+    );
+    let bytes = |output| place.bytes(output, "000200", "router.safetensors");
+    assert!(bytes("killed") == bytes("whole"));
+    let [killed, whole] = ["killed", "whole"].map(|run| {
+        let last = place.metrics(run).into_iter().rfind(|line| line["kind"] == "step").unwrap();
+        last["tokens"].as_u64().unwrap()
+    });
+    // Real tokens are counted: fewer than there is room for.
+    assert!(killed == whole && whole > 200 * 4 * 10 && whole < 200 * 4 * 32, "{killed} {whole}");
+}
+
+/// The tests' model with its matrices rounded to `dtype` and stored as before.
+fn rounded(place: &Place, name: &str, round: fn(f32) -> f32) -> String {
+    let model = place.path(name);
+    fs::create_dir(&model).unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        fs::copy(tiny().join(name), model.join(name)).unwrap();
+    }
+    let bytes = fs::read(tiny().join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            assert_eq!(tensor.dtype(), Dtype::F32);
+            let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+            let matrix = tensor.shape().len() > 1;
+            let values = values.map(|value| if matrix { round(value) } else { value });
+            let data: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+            (name.to_owned(), tensor.shape().to_vec(), data)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, data)| {
+        (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    let file = safetensors::serialize(views, None).unwrap();
+    fs::write(model.join("model.safetensors"), file).unwrap();
+    model.to_str().unwrap().to_owned()
+}
+
+/// Products are those of the rounded weights, in f32.
+#[test]
+fn a_base_in_half_precision_is_a_rounded_base() {
+    let place = Place::new();
+    let f16 = |value| half::f16::from_f32(value).to_f32();
+    let bf16 = |value| half::bf16::from_f32(value).to_f32();
+    let bytes = |run: &str, file: &str| fs::read(place.path(run).join(file)).unwrap();
+    for (dtype, round) in [("f16", f16 as fn(f32) -> f32), ("bf16", bf16)] {
+        let model = rounded(&place, dtype, round);
+        for (stage, file) in
+            [("router", "router.safetensors"), ("lora", "adapter/adapter_model.safetensors")]
+        {
+            let more = ["--steps", "12", "--seed", "5", "--distill"];
+            let run = |name: &str, own: &[&str]| {
+                let name = format!("{stage}-{dtype}-{name}");
+                place.succeeds(stage, &name, &[&more[..], own].concat());
+                bytes(&name, file)
+            };
+            let half = run("half", &["--base-dtype", dtype]);
+            assert!(half == run("rounded", &["--model", &model]), "{stage}, {dtype}");
+            assert!(half != run("whole", &[]), "{stage}, {dtype}");
+        }
     }
 }
 
@@ -331,4 +455,37 @@ fn directories_that_cannot_be_resumed_are_refused() {
     fs::write(place.path("run/run.json"), "{}").unwrap();
     let (code, _, message) = place.run("router", "run", &[&more[..], &["--resume"]].concat());
     assert!(code == 2 && message.contains("run/run.json: is not the record of a run"), "{message}");
+}
+
+/// Processes that do not know of one another would do everything twice, into one directory.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_build_for_one_process_refuses_several() {
+    let place = Place::new();
+    let mut command = place.command("router", "run", &["--steps", "1"]);
+    let Output { status, stderr, .. } = command.env("OMPI_COMM_WORLD_SIZE", "2").output().unwrap();
+    let expected = "error: 2 processes were started, and this build cannot share work among them; \
+                    build it with --features mpi, or start one process\n";
+    assert_eq!((status.code(), String::from_utf8(stderr).unwrap().as_str()), (Some(2), expected));
+    assert!(!place.path("run").exists());
+}
+
+#[cfg(not(feature = "tensorboard"))]
+#[test]
+fn event_files_are_refused_by_a_build_that_writes_none() {
+    let message = "this build does not write TensorBoard's files; build it with --features tensorboard, or leave --tensorboard out";
+    Place::new().refused("router", "run", &["--tensorboard"], message);
+}
+
+#[cfg(feature = "tensorboard")]
+#[test]
+fn event_files_lie_beside_the_metrics() {
+    let place = Place::new();
+    let more = ["--steps", "3", "--tensorboard"];
+    place.succeeds("router", "run", &more);
+    let files: Vec<_> = fs::read_dir(place.path("run/tensorboard")).unwrap().collect();
+    assert_eq!(files.len(), 1);
+    let bytes = fs::read(files[0].as_ref().unwrap().path()).unwrap();
+    let names = |name: &str| bytes.windows(name.len()).filter(|at| *at == name.as_bytes()).count();
+    assert_eq!([names("train/loss"), names("evaluation/perplexity")], [3, 1]);
 }

@@ -1,6 +1,7 @@
 //! `eval`: perplexity and multiple choice of checkpoints in candle and of artifacts under ONNX
 //! Runtime, beside what static pruning gives.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +14,7 @@ use skipgpt_export::eval::report::{self, Earlier, Engine, Measured, Report, Text
 use skipgpt_export::eval::{self, Options};
 use skipgpt_export::model::Reference;
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::world::World;
 use skipgpt_passes::ir::Model;
 use skipgpt_passes::validate;
 
@@ -86,8 +88,8 @@ enum Baseline {
     Modules,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
-    let asked = Asked::read(arguments)?;
+pub(crate) fn run(arguments: &Arguments, world: &dyn World) -> Result<Verdict> {
+    let asked = Asked::read(arguments, world)?;
     let pruning = arguments.pruning()?;
     let mut report = Report::default();
     if let Some(directory) = &arguments.artifact {
@@ -132,7 +134,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
 /// Measures the checkpoint's baselines in the order they were named.
 fn baselines(
     arguments: &Arguments,
-    asked: &Asked,
+    asked: &Asked<'_>,
     pruning: Option<f64>,
     checkpoint: &Checkpoint,
     report: &mut Report,
@@ -140,7 +142,10 @@ fn baselines(
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let dense = baseline::dense(&checkpoint.model)?;
     let similarities = match pruning {
-        Some(rate) => Some((rate, similarities(arguments, &tokenizer, checkpoint, &dense)?)),
+        Some(rate) => {
+            let found = similarities(arguments, asked.world, &tokenizer, checkpoint, &dense)?;
+            Some((rate, found))
+        }
         None => None,
     };
     for kind in &arguments.baseline {
@@ -163,6 +168,7 @@ fn baselines(
 
 fn similarities(
     arguments: &Arguments,
+    world: &dyn World,
     tokenizer: &Tokenizer,
     checkpoint: &Checkpoint,
     dense: &Model,
@@ -172,7 +178,7 @@ fn similarities(
     let limit = Some(arguments.calibration_windows);
     let options = Options { window: arguments.window, stride: None, limit };
     let bar = screen::count("comparing");
-    let found = baseline::measure(&mut reference, &tokens, options, |done, windows| {
+    let found = baseline::measure(&mut reference, &tokens, options, world, |done, windows| {
         bar.set_length(windows as u64);
         bar.set_position(done as u64);
     });
@@ -206,8 +212,9 @@ struct Subject {
     removed: Vec<skipgpt_passes::ir::ModuleId>,
 }
 
-/// What every model is measured on.
-struct Asked {
+/// What every model is measured on, and who measures it.
+struct Asked<'a> {
+    world: &'a dyn World,
     texts: Vec<PathBuf>,
     windows: Options,
     tasks: Vec<Task>,
@@ -215,9 +222,10 @@ struct Asked {
     earlier: Option<Earlier>,
 }
 
-impl Asked {
-    /// Reads the tasks and the earlier report, and holds one against the other before anything runs.
-    fn read(arguments: &Arguments) -> Result<Self> {
+impl<'a> Asked<'a> {
+    /// Reads the tasks and the earlier report, and holds what was asked for against them before
+    /// anything is loaded.
+    fn read(arguments: &Arguments, world: &'a dyn World) -> Result<Self> {
         let tasks = task::read_all(&arguments.choices)?;
         let all = arguments.separator.iter().flat_map(|text| {
             let text = breaks(text);
@@ -238,7 +246,13 @@ impl Asked {
             stride: arguments.stride,
             limit: arguments.windows.or(arguments.limit),
         };
-        Ok(Self { texts: arguments.perplexity.clone(), windows, tasks, choices, earlier })
+        if !arguments.perplexity.is_empty() {
+            windows.check()?;
+        }
+        if !tasks.is_empty() {
+            choices::check::<Infallible>(&tasks, &choices)?;
+        }
+        Ok(Self { world, texts: arguments.perplexity.clone(), windows, tasks, choices, earlier })
     }
 
     fn candle(
@@ -274,12 +288,13 @@ impl Asked {
         for path in &self.texts {
             let tokens = sources::tokens(tokenizer, std::slice::from_ref(path))?;
             let bar = screen::count("predicting");
-            let perplexity = eval::perplexity(decoder, &tokens, self.windows, |progress| {
+            let progress = |progress: eval::Progress| {
                 bar.set_length(progress.windows as u64);
                 bar.set_position(progress.done as u64);
                 bar.set_message(format!("{name}, perplexity {:.2}", progress.perplexity));
-            })
-            .with_context(|| path.display().to_string())?;
+            };
+            let perplexity = eval::perplexity(decoder, &tokens, self.windows, self.world, progress)
+                .with_context(|| path.display().to_string())?;
             bar.finish_and_clear();
             texts.push(Text { text: path.display().to_string(), perplexity });
         }
@@ -287,12 +302,14 @@ impl Asked {
         if !self.tasks.is_empty() {
             let bar = screen::count("choosing");
             let encode = |text: &str| tokenizer.encode(text, false);
-            scores =
-                Some(choices::measure(decoder, &self.tasks, &self.choices, &encode, |progress| {
-                    bar.set_length(progress.items as u64);
-                    bar.set_position(progress.done as u64);
-                    bar.set_message(format!("{name}, {}", progress.task));
-                })?);
+            let progress = |progress: choices::Progress<'_>| {
+                bar.set_length(progress.items as u64);
+                bar.set_position(progress.done as u64);
+                bar.set_message(format!("{name}, {}", progress.task));
+            };
+            let (tasks, options) = (&self.tasks, &self.choices);
+            let found = choices::measure(decoder, tasks, options, &encode, self.world, progress)?;
+            scores = Some(found);
             bar.finish_and_clear();
         }
         let (choices, comparison) = (scores, None);

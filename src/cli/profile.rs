@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::world::World;
 use skipgpt_export::{eval, profile};
 
 use super::{CheckpointArguments, Verdict, screen, sources};
@@ -30,8 +31,8 @@ pub(crate) struct Arguments {
     force: bool,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
-    if arguments.output.exists() && !arguments.force {
+pub(crate) fn run(arguments: &Arguments, world: &dyn World) -> Result<Verdict> {
+    if world.leads() && arguments.output.exists() && !arguments.force {
         bail!("{}: already exists; --force replaces it", arguments.output.display());
     }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
@@ -41,12 +42,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let options = eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
     let bar = screen::count("profiling");
     let config = &checkpoint.model.config;
-    let profile = profile::measure(&mut reference, config, &tokens, options, |done, windows| {
+    let progress = |done, windows| {
         bar.set_length(windows as u64);
         bar.set_position(done as u64);
-    })?;
+    };
+    let profile = profile::measure(&mut reference, config, &tokens, options, world, progress)?;
     bar.finish_and_clear();
-    screen::write_json(&arguments.output, &profile)?;
-    screen::line(&profile)?;
+    if world.leads() {
+        screen::write_json(&arguments.output, &profile)?;
+        screen::line(&profile)?;
+    }
     Ok(Verdict::Holds)
 }

@@ -15,6 +15,9 @@ use super::ReportArguments;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// Whether another process shows what goes on.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
 /// The exit code of a process ended by Ctrl-C.
 const INTERRUPT_EXIT_CODE: i32 = 130;
 
@@ -39,6 +42,15 @@ pub(crate) fn go_on() -> ControlFlow<()> {
     }
 }
 
+/// From now on no bars, lines or notes: another process shows them.
+pub(crate) fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
+fn silent() -> bool {
+    SILENT.load(Ordering::Relaxed)
+}
+
 /// A bar over bytes; invisible where standard error is no terminal.
 pub(crate) fn bytes(label: &'static str) -> ProgressBar {
     bar(label, "{prefix:>10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
@@ -50,6 +62,9 @@ pub(crate) fn count(label: &'static str) -> ProgressBar {
 }
 
 fn bar(label: &'static str, template: &str) -> ProgressBar {
+    if silent() {
+        return ProgressBar::hidden();
+    }
     let style =
         ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style).with_prefix(label)
@@ -62,6 +77,9 @@ pub(crate) fn line(text: impl Display) -> Result<()> {
 
 /// Writes text to standard output and shows it at once.
 pub(crate) fn print(text: &str) -> Result<()> {
+    if silent() {
+        return Ok(());
+    }
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -73,6 +91,9 @@ pub(crate) fn print(text: &str) -> Result<()> {
 
 /// Tells a person what goes on, where a person is likely to read it.
 pub(crate) fn note(text: impl Display) {
+    if silent() {
+        return;
+    }
     if io::stderr().is_terminal() {
         let _ = writeln!(io::stderr().lock(), "{text}");
     } else {
@@ -82,6 +103,9 @@ pub(crate) fn note(text: impl Display) {
 
 /// Shows a report, as text and as JSON, as asked.
 pub(crate) fn report(report: &(impl Serialize + Display), to: &ReportArguments) -> Result<()> {
+    if silent() {
+        return Ok(());
+    }
     match to.json.as_deref() {
         None => line(report),
         Some(path) if path == Path::new("-") => line(serde_json::to_string_pretty(report)?),

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
+use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::text::Tokenizer;
+use skipgpt_export::train::data::FIELD;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
-use skipgpt_export::train::settings::{Lora, Router, Settings, Stage, Target};
+use skipgpt_export::train::settings::{Base, Lora, Router, Settings, Stage, Target};
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
+use skipgpt_export::world::World;
 
 use super::{CheckpointArguments, Verdict, screen, sources};
 
@@ -48,6 +51,12 @@ pub(crate) struct RouterArguments {
     /// Initial bias towards keep; 0 is the published initialisation
     #[arg(long, value_name = "BIAS", default_value_t = 0.0)]
     keep_bias: f64,
+    /// Layers of a router: one, or two with a relu between
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    router_layers: u8,
+    /// Width between the two [default: a quarter of the model's]
+    #[arg(long, value_name = "WIDTH")]
+    router_width: Option<usize>,
     /// Also write router.pth
     #[arg(long)]
     pth: bool,
@@ -80,11 +89,15 @@ pub(crate) struct LoraArguments {
     common: CommonArguments,
 }
 
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 #[derive(Debug, Args)]
 pub(crate) struct CommonArguments {
-    /// Text to train on: files and directories of plain text, or JSONL with a "text" field
+    /// Text to train on: files and directories of plain text, JSONL or Parquet
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     text: Vec<PathBuf>,
+    /// Field of JSONL, or column of Parquet files, that holds the text
+    #[arg(long, value_name = "NAME", default_value = FIELD)]
+    text_field: String,
     /// The run's directory
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -103,6 +116,10 @@ pub(crate) struct CommonArguments {
     /// Tokens of a window
     #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
     window: usize,
+    /// Keep documents apart: each is cut into windows of its own, the last one padded; padding counts
+    /// for nothing
+    #[arg(long)]
+    pad: bool,
     /// Of initial weights, noise and the order of the windows
     #[arg(long, default_value_t = 43)]
     seed: u64,
@@ -121,6 +138,9 @@ pub(crate) struct CommonArguments {
     /// Clip gradients to this norm; 0 leaves them
     #[arg(long, value_name = "NORM", default_value_t = 1.0)]
     clip: f64,
+    /// What the frozen base is kept in; products, routers, adapters and losses are f32
+    #[arg(long, value_enum, value_name = "DTYPE", default_value_t = BaseDtype::F32)]
+    base_dtype: BaseDtype,
     /// Learn the dense model's predictions in place of the text
     #[arg(long)]
     distill: bool,
@@ -145,6 +165,9 @@ pub(crate) struct CommonArguments {
     /// Checkpoints kept
     #[arg(long, value_name = "N", default_value_t = 2)]
     keep_checkpoints: usize,
+    /// Also write metrics as TensorBoard's event files, to tensorboard/ in the run's directory
+    #[arg(long)]
+    tensorboard: bool,
     /// Where tokenised texts are kept [default: in the run's directory]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -156,6 +179,23 @@ enum Preset {
     Paper,
     /// Alpha 20, cosine with 10 % warm-up
     Code,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BaseDtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<BaseDtype> for Base {
+    fn from(dtype: BaseDtype) -> Self {
+        match dtype {
+            BaseDtype::F32 => Self::F32,
+            BaseDtype::F16 => Self::F16,
+            BaseDtype::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -195,17 +235,31 @@ struct Defaults {
     schedule: Schedule,
 }
 
-pub(crate) fn run(command: &Command) -> Result<Verdict> {
+pub(crate) fn run(command: &Command, world: &dyn World) -> Result<Verdict> {
     match command {
-        Command::Router(arguments) => router(arguments),
-        Command::Lora(arguments) => lora(arguments),
+        Command::Router(arguments) => router(arguments, world),
+        Command::Lora(arguments) => lora(arguments, world),
     }
 }
 
-fn router(arguments: &RouterArguments) -> Result<Verdict> {
+fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
     let (alpha, schedule) = match arguments.preset {
         Preset::Paper => (8.0, Schedule::Constant),
         Preset::Code => (20.0, Schedule::Cosine),
+    };
+    let checkpoint = CheckpointArguments {
+        model: Some(arguments.model.clone()),
+        router: None,
+        adapter: None,
+        lora_alpha: None,
+    };
+    let checkpoint = sources::checkpoint(&checkpoint)?;
+    let width = match (arguments.router_layers, arguments.router_width) {
+        (1, Some(width)) => bail!(
+            "--router-width is {width}, and a router of one layer has no width; add --router-layers 2"
+        ),
+        (1, None) => None,
+        (_, width) => Some(width.unwrap_or(checkpoint.model.config.hidden_size / 4)),
     };
     let from = arguments.skip_from;
     let stage = Stage::Router(Router {
@@ -217,18 +271,13 @@ fn router(arguments: &RouterArguments) -> Result<Verdict> {
         alpha: arguments.alpha.unwrap_or(alpha),
         tau: Line { from: arguments.tau_from, to: arguments.tau_to, share: 1.0 },
         keep_bias: arguments.keep_bias,
+        width,
     });
-    let checkpoint = CheckpointArguments {
-        model: Some(arguments.model.clone()),
-        router: None,
-        adapter: None,
-        lora_alpha: None,
-    };
     let settings = settings(stage, &arguments.common, &Defaults { rate: 2e-3, schedule });
-    start(&checkpoint, &arguments.common, &settings, arguments.pth)
+    start(&checkpoint, &arguments.common, &settings, arguments.pth, world)
 }
 
-fn lora(arguments: &LoraArguments) -> Result<Verdict> {
+fn lora(arguments: &LoraArguments, world: &dyn World) -> Result<Verdict> {
     let mut targets: Vec<Target> = arguments.targets.iter().copied().map(Target::from).collect();
     targets.sort_unstable();
     targets.dedup();
@@ -244,9 +293,10 @@ fn lora(arguments: &LoraArguments) -> Result<Verdict> {
         adapter: None,
         lora_alpha: None,
     };
+    let checkpoint = sources::checkpoint(&checkpoint)?;
     let defaults = Defaults { rate: 2e-4, schedule: Schedule::Cosine };
     let settings = settings(stage, &arguments.common, &defaults);
-    start(&checkpoint, &arguments.common, &settings, false)
+    start(&checkpoint, &arguments.common, &settings, false, world)
 }
 
 fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Settings {
@@ -262,6 +312,7 @@ fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Sett
         batch: common.batch,
         accumulate: common.accumulate,
         window: common.window,
+        pad: common.pad,
         seed: common.seed,
         rate: Rate {
             peak: common.learning_rate.unwrap_or(defaults.rate),
@@ -272,26 +323,28 @@ fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Sett
             weight_decay: common.weight_decay,
             clip: (common.clip != 0.0).then_some(common.clip),
         },
+        base: common.base_dtype.into(),
         distill: common.distill,
         hold_out: (!none).then_some(common.hold_out),
     }
 }
 
 fn start(
-    checkpoint: &CheckpointArguments,
+    checkpoint: &Checkpoint,
     common: &CommonArguments,
     settings: &Settings,
     pth: bool,
+    world: &dyn World,
 ) -> Result<Verdict> {
     if common.keep_checkpoints == 0 {
         bail!("--keep-checkpoints is 0; expected 1 or more");
     }
-    let checkpoint = sources::checkpoint(checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let request = Request {
-        checkpoint: &checkpoint,
+        checkpoint,
         tokenizer: &tokenizer,
         text: &common.text,
+        text_field: &common.text_field,
         evaluation: &common.eval_text,
         output: &common.output,
         cache: common.cache.as_deref(),
@@ -304,7 +357,9 @@ fn start(
             save_every: common.save_every,
             keep_checkpoints: common.keep_checkpoints,
             pth,
+            tensorboard: common.tensorboard,
         },
+        world,
     };
     let bars =
         Bars { tokenising: screen::bytes("tokenising"), training: screen::count("training") };

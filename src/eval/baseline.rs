@@ -20,6 +20,7 @@ use crate::decoder::{Decoder, Logits};
 use crate::model::layer::Change;
 use crate::model::{self, Reference};
 use crate::plan;
+use crate::world::World;
 
 /// What is removed as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,8 +108,8 @@ impl fmt::Display for Unit {
     }
 }
 
-/// Runs `reference` over `tokens` (a text without special tokens); `progress` hears of every window:
-/// (done, in all).
+/// Runs `reference` over `tokens` (a text without special tokens), each rank of `world` its share of
+/// the windows; `progress` hears of every window of this rank: (done, in all).
 ///
 /// # Errors
 ///
@@ -117,21 +118,37 @@ pub fn measure(
     reference: &mut Reference,
     tokens: &[u32],
     options: Options,
+    world: &dyn World,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Similarities, Error> {
     let windows = Windows::new(tokens.len(), options)?;
-    let mut sums = Similarities { tokens: windows.count * windows.window, ..Default::default() };
-    for window in 0..windows.count {
+    let (mut sums, mut own, mut done) = (Similarities::default(), Vec::new(), 0);
+    for window in windows.of(world) {
         let input = windows.input(tokens, window, Logits::Last);
+        sums = Similarities::default();
         reference.reset();
         reference
             .step_observed(&input, &mut |change| sums.add(change))
             .map_err(|source| super::Error::Decoder { window, source })?;
-        progress(window + 1, windows.count);
+        own.push((window, sums.values_mut().map(|value| *value).collect::<Vec<_>>()));
+        done = (done + world.size()).min(windows.count);
+        progress(done, windows.count);
     }
     reference.reset();
+    // Another rank's windows are zero here, so that no sum depends on the number of ranks.
+    let width = sums.values_mut().count();
+    let mut all = vec![0.0; windows.count * width];
+    for (window, values) in own.into_iter().filter(|(window, _)| world.takes(*window)) {
+        all[window * width..][..width].copy_from_slice(&values);
+    }
+    world.sum(&mut all).map_err(super::Error::Stopped)?;
+    sums.values_mut().for_each(|sum| *sum = 0.0);
+    for window in all.chunks_exact(width.max(1)) {
+        sums.values_mut().zip(window).for_each(|(sum, value)| *sum += value);
+    }
+    sums.tokens = windows.count * windows.window;
     let tokens = sums.tokens as f64;
-    sums.layers.values_mut().chain(sums.modules.values_mut()).for_each(|sum| *sum /= tokens);
+    sums.values_mut().for_each(|sum| *sum /= tokens);
     let layers = sums.layers.iter().map(|(layer, value)| (format!("layers.{layer}"), *value));
     let modules = sums.modules.iter().map(|(module, value)| (module.to_string(), *value));
     match layers.chain(modules).find(|(_, value)| !value.is_finite()) {
@@ -141,6 +158,11 @@ pub fn measure(
 }
 
 impl Similarities {
+    /// Those of layers, then those of modules.
+    fn values_mut(&mut self) -> impl Iterator<Item = &mut f64> {
+        self.layers.values_mut().chain(self.modules.values_mut())
+    }
+
     fn add(&mut self, change: Change<'_>) -> Candle<()> {
         let sum = cosines(change.before, change.after)?;
         let layer = change.layer;

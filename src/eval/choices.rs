@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Decisions, Skipped};
 use crate::decoder::Peek;
 use crate::text;
+use crate::world::{Stopped, World};
 
 pub mod encode;
 pub mod pairs;
@@ -145,10 +146,13 @@ pub enum Error<D> {
         /// Why.
         source: score::Error<D>,
     },
+    /// Another rank stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
 }
 
-/// Scores every task, or a sample of each; `encode` gives the tokens of a text without special ones,
-/// `progress` hears of every item.
+/// Scores every task, or a sample of each, each rank of `world` its share of the items; `encode` gives
+/// the tokens of a text without special ones, `progress` hears of every item of this rank.
 ///
 /// # Errors
 ///
@@ -158,35 +162,57 @@ pub fn measure<D: Peek>(
     tasks: &[Task],
     options: &Options,
     encode: &dyn Fn(&str) -> Result<Vec<i64>, text::Error>,
+    world: &dyn World,
     mut progress: impl FnMut(Progress<'_>),
 ) -> Result<Choices, Error<D::Error>> {
     check(tasks, options)?;
     let samples: Vec<_> =
         tasks.iter().map(|task| task.sample(options.limit, options.seed)).collect();
-    let items = samples.iter().map(Vec::len).sum();
+    let items: usize = samples.iter().map(Vec::len).sum();
+    let separator = |task: &Task| options.separators.get(&task.name).map(String::as_str);
+    let all = || {
+        tasks
+            .iter()
+            .zip(&samples)
+            .flat_map(|(task, items)| items.iter().map(move |item| (task, *item)))
+    };
     let mut done = 0;
     let mut decisions: Option<Decisions> = None;
-    let mut scored = Vec::with_capacity(tasks.len());
-    for (task, sample) in tasks.iter().zip(samples) {
-        let separator = options.separators.get(&task.name).map(String::as_str);
-        let mut scores = Vec::with_capacity(sample.len());
-        for item in sample {
-            let (name, line) = (|| task.name.clone(), item.line);
-            let sequences = item.sequences(separator, encode).map_err(|failed| match failed {
-                encode::Error::Tokenizer(source) => Error::Tokenizer { task: name(), line, source },
-                encode::Error::NoToken { choice, part } => {
-                    Error::NoToken { task: name(), line, choice, part }
-                }
-            })?;
-            let log_likelihoods = score::item(decoder, &sequences, &mut decisions)
-                .map_err(|source| Error::Item { task: name(), line, source })?;
-            scores.push(ItemScores::new(item, log_likelihoods));
-            done += 1;
-            progress(Progress { task: &task.name, done, items });
+    // A score for every choice; those of another rank's items are zero here.
+    let mut scores = Vec::new();
+    for (number, (task, item)) in all().enumerate() {
+        let first = scores.len();
+        scores.resize(first + item.choices.len(), 0.0);
+        if !world.takes(number) {
+            continue;
         }
-        scored.push(TaskScores::new(task, separator, scores));
+        let (name, line) = (|| task.name.clone(), item.line);
+        let sequences = item.sequences(separator(task), encode).map_err(|failed| match failed {
+            encode::Error::Tokenizer(source) => Error::Tokenizer { task: name(), line, source },
+            encode::Error::NoToken { choice, part } => {
+                Error::NoToken { task: name(), line, choice, part }
+            }
+        })?;
+        let own = score::item(decoder, &sequences, &mut decisions)
+            .map_err(|source| Error::Item { task: name(), line, source })?;
+        scores[first..].copy_from_slice(&own);
+        done = (done + world.size()).min(items);
+        progress(Progress { task: &task.name, done, items });
     }
     decoder.reset();
+    world.sum(&mut scores)?;
+    let decisions = Decisions::of_all(decisions, world)?;
+    let mut scores = scores.into_iter();
+    let scored: Vec<_> = tasks
+        .iter()
+        .zip(&samples)
+        .map(|(task, items)| {
+            let mut own = |item: &task::Item| scores.by_ref().take(item.choices.len()).collect();
+            let items = items.iter().map(|item| (*item, own(item)));
+            let items: Vec<_> = items.map(|(item, own)| ItemScores::new(item, own)).collect();
+            TaskScores::new(task, separator(task), items)
+        })
+        .collect();
     Ok(Choices {
         limit: options.limit,
         seed: options.seed,
@@ -197,7 +223,12 @@ pub fn measure<D: Peek>(
     })
 }
 
-fn check<D>(tasks: &[Task], options: &Options) -> Result<(), Error<D>> {
+/// Refuses tasks and options that leave nothing to measure, or name what is not there.
+///
+/// # Errors
+///
+/// [`Error::Limit`], [`Error::NoTask`], [`Error::Separator`].
+pub fn check<D>(tasks: &[Task], options: &Options) -> Result<(), Error<D>> {
     if options.limit == Some(0) {
         return Err(Error::Limit);
     }

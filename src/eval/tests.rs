@@ -7,6 +7,7 @@ use skipgpt_passes::ir::ModuleId;
 
 use super::*;
 use crate::decoder::{CacheEntry, Output};
+use crate::world::{Alone, threads};
 
 /// A decoder of four tokens: token `t` gives its successor `t + 1` half of the probability and the
 /// others a sixth each. Its two modules keep what `keeps` says of (module, position).
@@ -79,7 +80,8 @@ fn windows_stand_alone_and_leave_out_their_first_token() {
     let mut decoder = Successor::new(|m, s| m == 0 || s == 0);
     let mut seen = Vec::new();
     let found =
-        perplexity(&mut decoder, &tokens, options(4), |progress| seen.push(progress)).unwrap();
+        perplexity(&mut decoder, &tokens, options(4), &Alone, |progress| seen.push(progress))
+            .unwrap();
     let (hit, miss) = (2.0_f64.ln(), 6.0_f64.ln());
     let nll = (4.0 * hit + 2.0 * miss) / 6.0;
     assert!(near(found.nll, nll) && near(found.perplexity, nll.exp()), "{found:?}");
@@ -97,11 +99,11 @@ fn windows_stand_alone_and_leave_out_their_first_token() {
 fn overlapping_windows_score_each_token_once() {
     let tokens: Vec<u32> = (0..11).map(|t| (t * t) % 4).collect();
     let mut decoder = Successor::new(|_, _| true);
-    let whole = perplexity(&mut decoder, &tokens, options(11), |_| {}).unwrap();
+    let whole = perplexity(&mut decoder, &tokens, options(11), &Alone, |_| {}).unwrap();
     for stride in [1, 2, 4] {
         // Each of these strides ends on the last token.
         let options = Options { window: 3, stride: Some(stride), limit: None };
-        let found = perplexity(&mut decoder, &tokens, options, |_| {});
+        let found = perplexity(&mut decoder, &tokens, options, &Alone, |_| {});
         if stride == 4 {
             assert!(matches!(found, Err(Error::Stride { stride: 4, window: 3 })));
             continue;
@@ -118,20 +120,20 @@ fn the_standard_error_is_that_of_window_means() {
     // Windows of two: one prediction each, hits and misses alternating.
     let tokens = [0, 1, 0, 2, 0, 1, 0, 2];
     let mut decoder = Successor::new(|_, _| true);
-    let found = perplexity(&mut decoder, &tokens, options(2), |_| {}).unwrap();
+    let found = perplexity(&mut decoder, &tokens, options(2), &Alone, |_| {}).unwrap();
     let half = (6.0_f64.ln() - 2.0_f64.ln()) / 2.0;
     // Sample deviation of ±half over four windows, by the root of four.
     let expected = (4.0 * half * half / 3.0).sqrt() / 2.0;
     assert!(near(found.nll_standard_error.unwrap(), expected), "{found:?}");
     let one = Options { limit: Some(1), ..options(2) };
-    let found = perplexity(&mut decoder, &tokens, one, |_| {}).unwrap();
+    let found = perplexity(&mut decoder, &tokens, one, &Alone, |_| {}).unwrap();
     assert_eq!((found.windows, found.nll_standard_error), (1, None));
 }
 
 #[test]
 fn a_decoder_that_does_not_report_has_no_skip_rate() {
     let mut decoder = Successor { reports: false, ..Successor::new(|_, _| true) };
-    let found = perplexity(&mut decoder, &[0, 1, 2], options(3), |_| {}).unwrap();
+    let found = perplexity(&mut decoder, &[0, 1, 2], options(3), &Alone, |_| {}).unwrap();
     assert_eq!(found.skipped, None);
 }
 
@@ -139,7 +141,7 @@ fn a_decoder_that_does_not_report_has_no_skip_rate() {
 fn what_cannot_be_measured_is_refused() {
     let refused = |tokens: &[u32], options: Options, expected: &str| {
         let mut decoder = Successor::new(|_, _| true);
-        let error = perplexity(&mut decoder, tokens, options, |_| {}).unwrap_err();
+        let error = perplexity(&mut decoder, tokens, options, &Alone, |_| {}).unwrap_err();
         assert_eq!(error.to_string(), expected);
     };
     let tokens = [0, 1, 2, 3];
@@ -164,4 +166,22 @@ fn what_cannot_be_measured_is_refused() {
         options(2),
         "window 0, token 1: the log-likelihood is NaN; are the weights damaged, or their range too small?",
     );
+}
+
+#[test]
+fn ranks_that_share_the_windows_find_what_one_finds() {
+    // Five windows for two ranks, and for more ranks than there are windows.
+    let tokens: Vec<u32> = (0..17).map(|t| (t * t + t / 3) % 4).collect();
+    let run = |world: &dyn World| {
+        let mut decoder = Successor::new(|m, s| m == 0 || s == 0);
+        let options = Options { window: 5, stride: Some(3), limit: None };
+        perplexity(&mut decoder, &tokens, options, world, |_| {}).unwrap()
+    };
+    let alone = run(&Alone);
+    for size in [2, 7] {
+        for found in threads::run(size, |world| run(world)) {
+            assert_eq!(found, alone);
+            assert_eq!(found.nll.to_bits(), alone.nll.to_bits());
+        }
+    }
 }

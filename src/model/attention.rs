@@ -76,12 +76,12 @@ impl Attention {
         if matches!(rows, Rows::None) {
             return Ok(x.clone());
         }
-        let query = self.q.forward(&rows.gather(&normed)?, step.kernels)?;
+        let query = self.q.forward_rows(&rows.gather(&normed)?, rows, step.kernels)?;
         let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
         let query = self.split(&rows.spread(&query, step.rows())?, self.heads, step)?;
         let query = step.kernels.rope(&query, &step.cos, &step.sin)?;
         let seen = self.core(&query, &key, &value, step)?;
-        rows.add(x, &self.o.forward(&rows.gather(&seen)?, step.kernels)?)
+        rows.add(x, &self.o.forward_rows(&rows.gather(&seen)?, rows, step.kernels)?)
     }
 
     /// Keys (after `RoPE`) and values of the new tokens, `[batch, kv_heads, sequence, head_dim]`.
@@ -116,12 +116,12 @@ impl Attention {
         }
         let normed = self.norm.forward(x, step.kernels)?;
         let (key, value) = self.projected(&normed, step)?;
-        let query = self.q.forward(&rows.gather(&normed)?, step.kernels)?;
+        let query = self.q.forward_rows(&rows.gather(&normed)?, rows, step.kernels)?;
         let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
         let query = rows.spread(&query, step.rows())?;
         let inputs = [&query, &key, &value];
         let seen = gradient::attention(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
-        rows.add(x, &self.o.forward(&rows.gather(&seen)?, step.kernels)?)
+        rows.add(x, &self.o.forward_rows(&rows.gather(&seen)?, rows, step.kernels)?)
     }
 
     /// The projections, where nothing of them is trained or adapted and no head has a norm.

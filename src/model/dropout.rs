@@ -1,7 +1,8 @@
 //! Dropout of an adapter's input, in training.
 //!
-//! Which elements fall is a function of a seed, the place and a clock, not of a generator's state: a
-//! layer that runs again for its backward drops the same ones, and so does a resumed training run.
+//! Which elements fall is a function of a seed, the place, a clock and the token, not of a generator's
+//! state: a layer that runs again for its backward drops the same ones, and so do a resumed training
+//! run, a pass that is divided among processes, and rows that are gathered.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,27 +11,33 @@ use candle_core::{Result, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// What all adapters of a model share: the forward pass they are in, or that it is no training.
+use super::router::Rows;
+
+/// What all adapters of a model share: the forward pass they are in, or that it is no training, and
+/// which of the pass' tokens is the first of the batch.
 #[derive(Debug, Clone)]
-pub struct Clock(Arc<AtomicU64>);
+pub struct Clock(Arc<[AtomicU64; 2]>);
 
 /// Outside training: nothing is dropped.
 const OFF: u64 = u64::MAX;
 
 impl Default for Clock {
     fn default() -> Self {
-        Self(Arc::new(AtomicU64::new(OFF)))
+        Self(Arc::new([OFF, 0].map(AtomicU64::new)))
     }
 }
 
 impl Clock {
-    /// From now on forward pass `number` of the training run, or none.
-    pub fn set(&self, number: Option<u64>) {
-        self.0.store(number.unwrap_or(OFF), Ordering::Relaxed);
+    /// From now on forward pass `.0` of the training run, from its token `.1` on; or none.
+    pub fn set(&self, place: Option<(u64, usize)>) {
+        let (number, row) = place.unwrap_or((OFF, 0));
+        self.0[0].store(number, Ordering::Relaxed);
+        self.0[1].store(row as u64, Ordering::Relaxed);
     }
 
-    fn get(&self) -> Option<u64> {
-        Some(self.0.load(Ordering::Relaxed)).filter(|number| *number != OFF)
+    fn get(&self) -> Option<(u64, u64)> {
+        let [number, row] = [0, 1].map(|at: usize| self.0[at].load(Ordering::Relaxed));
+        (number != OFF).then_some((number, row))
     }
 }
 
@@ -48,9 +55,10 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// `x` with elements dropped; `x` itself outside training.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(number) = self.clock.get() else { return Ok(x.clone()) };
+    /// `x` with elements dropped, whose rows are those of `rows` that are computed; `x` itself outside
+    /// training.
+    pub fn forward(&self, x: &Tensor, rows: &Rows) -> Result<Tensor> {
+        let Some((number, first)) = self.clock.get() else { return Ok(x.clone()) };
         let mut seed = [0; 32];
         for (bytes, word) in seed.chunks_exact_mut(8).zip([self.seed, DOMAIN, number, self.place]) {
             bytes.copy_from_slice(&word.to_le_bytes());
@@ -58,9 +66,18 @@ impl Dropout {
         let mut random = ChaCha8Rng::from_seed(seed);
         let kept = (1.0 / (1.0 - self.rate)) as f32;
         let limit = (self.rate * f64::from(u32::MAX)) as u32;
-        let factors = (0..x.elem_count())
-            .map(|_| if random.next_u32() < limit { 0.0 } else { kept })
-            .collect::<Vec<f32>>();
+        let (count, width) = x.dims2()?;
+        let gathered = match rows {
+            Rows::Gathered(kept) => Some(kept.to_vec1::<u32>()?),
+            _ => None,
+        };
+        let mut factors = Vec::with_capacity(count * width);
+        for at in 0..count {
+            let row = gathered.as_ref().map_or(at as u64, |rows| u64::from(rows[at]));
+            // Every element of a pass has a word of its own.
+            random.set_word_pos(u128::from(first + row) * width as u128);
+            factors.extend((0..width).map(|_| if random.next_u32() < limit { 0.0 } else { kept }));
+        }
         x * Tensor::from_vec(factors, x.shape(), x.device())?
     }
 }
@@ -79,7 +96,7 @@ mod tests {
 
     fn drop(dropout: &Dropout) -> Vec<f32> {
         let x = Tensor::ones((100, 20), DType::F32, &Device::Cpu).unwrap();
-        dropout.forward(&x).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        dropout.forward(&x, &Rows::All).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 
     #[test]
@@ -88,14 +105,31 @@ mod tests {
         let first = Dropout { rate: 0.25, seed: 1, place: 0, clock: clock.clone() };
         let second = Dropout { place: 1, ..first.clone() };
         assert!(drop(&first).iter().all(|value| *value == 1.0));
-        clock.set(Some(3));
+        clock.set(Some((3, 0)));
         let found = drop(&first);
         assert_eq!(found, drop(&first));
         assert_ne!(found, drop(&second));
         let fallen = found.iter().filter(|value| **value == 0.0).count();
         assert!((400..600).contains(&fallen), "{fallen}");
         assert!(found.iter().all(|value| *value == 0.0 || (*value - 4.0 / 3.0).abs() < 1e-6));
-        clock.set(Some(4));
+        clock.set(Some((4, 0)));
         assert_ne!(found, drop(&first));
+    }
+
+    #[test]
+    fn a_token_loses_the_same_wherever_it_stands() {
+        let clock = Clock::default();
+        let dropout = Dropout { rate: 0.25, seed: 1, place: 0, clock: clock.clone() };
+        clock.set(Some((3, 0)));
+        let whole = drop(&dropout);
+        clock.set(Some((3, 30)));
+        assert_eq!(drop(&dropout)[..70 * 20], whole[30 * 20..]);
+        let kept = Tensor::new(&[1_u32, 4, 5], &Device::Cpu).unwrap();
+        let x = Tensor::ones((3, 20), DType::F32, &Device::Cpu).unwrap();
+        let found = dropout.forward(&x, &Rows::Gathered(kept)).unwrap();
+        let found: Vec<Vec<f32>> = found.to_vec2().unwrap();
+        for (row, found) in [31, 34, 35].into_iter().zip(found) {
+            assert_eq!(found, whole[row * 20..][..20]);
+        }
     }
 }

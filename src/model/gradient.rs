@@ -32,7 +32,7 @@ pub(crate) use module::{Frozen, sampled_attention, sampled_mlp};
 pub(crate) use norm::rms_norm;
 pub(crate) use seed::seed;
 pub(crate) use swiglu::swiglu;
-pub(crate) use values::hold;
+pub(crate) use values::{hold, widened};
 
 use candle_core::{DType, Tensor};
 

@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor};
 use super::dropout::Dropout;
 use super::gradient::Frozen;
 use super::ops::Kernels;
+use super::router::Rows;
 
 /// A projection.
 #[derive(Debug, Clone)]
@@ -39,9 +40,14 @@ impl Linear {
 
     /// `[rows, in]` to `[rows, out]`.
     pub fn forward(&self, x: &Tensor, kernels: Kernels) -> Result<Tensor> {
+        self.forward_rows(x, &Rows::All, kernels)
+    }
+
+    /// As [`Linear::forward`]; `x` has those of `rows` that are computed.
+    pub fn forward_rows(&self, x: &Tensor, rows: &Rows, kernels: Kernels) -> Result<Tensor> {
         let y = kernels.linear(x, &self.weight, self.bias.as_ref())?;
         let Some(lora) = &self.lora else { return Ok(y) };
-        let dropped = lora.dropout.as_ref().map(|dropout| dropout.forward(x)).transpose()?;
+        let dropped = lora.dropout.as_ref().map(|dropout| dropout.forward(x, rows)).transpose()?;
         let x = dropped.as_ref().unwrap_or(x);
         let adapted = x.matmul(&lora.down.t()?)?.matmul(&lora.up.t()?)?;
         y + (adapted * lora.scale)?

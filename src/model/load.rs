@@ -121,11 +121,16 @@ impl Loader<'_> {
     }
 
     pub(super) fn linear(&self, linear: &ir::Linear) -> Result<Linear, Error> {
-        self.linear_as(linear, self.options.dtype)
+        self.around(self.matrix(&linear.weight)?, linear, self.options.dtype)
     }
 
     fn linear_as(&self, linear: &ir::Linear, dtype: DType) -> Result<Linear, Error> {
         self.around(self.tensor_as(&linear.weight, dtype)?, linear, dtype)
+    }
+
+    /// A frozen matrix.
+    pub(super) fn matrix(&self, weight: &Weight) -> Result<Tensor, Error> {
+        self.tensor_as(weight, self.options.matrices.unwrap_or(self.options.dtype))
     }
 
     /// The projection whose weight is already a tensor.

@@ -46,12 +46,14 @@ impl Mlp {
         }
         let normed = self.norm.forward(&rows.gather(x)?, kernels)?;
         let (gate, up) = match &self.gate_up {
-            GateUp::Separate { gate, up } => {
-                (gate.forward(&normed, kernels)?, up.forward(&normed, kernels)?)
-            }
-            GateUp::Fused(both) => halves(&both.forward(&normed, kernels)?)?,
+            GateUp::Separate { gate, up } => (
+                gate.forward_rows(&normed, rows, kernels)?,
+                up.forward_rows(&normed, rows, kernels)?,
+            ),
+            GateUp::Fused(both) => halves(&both.forward_rows(&normed, rows, kernels)?)?,
         };
-        rows.add(x, &self.down.forward(&kernels.swiglu(&gate, &up)?, kernels)?)
+        let inner = kernels.swiglu(&gate, &up)?;
+        rows.add(x, &self.down.forward_rows(&inner, rows, kernels)?)
     }
 
     /// Gate, up and down, where nothing of them is trained or adapted.

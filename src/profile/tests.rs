@@ -4,6 +4,7 @@ use skipgpt_passes::ir::{Architecture, Rope, RopeScaling};
 
 use super::*;
 use crate::eval::tests::Successor;
+use crate::world::{Alone, threads};
 
 pub(super) fn config(layers: usize) -> Config {
     Config {
@@ -28,8 +29,9 @@ pub(super) fn profile() -> Profile {
     let options = Options { window: 6, stride: None, limit: Some(2) };
     let mut seen = Vec::new();
     let tokens = [0, 1, 2, 3].repeat(5);
-    let profile =
-        measure(&mut decoder, &config(3), &tokens, options, |done, all| seen.push((done, all)));
+    let profile = measure(&mut decoder, &config(3), &tokens, options, &Alone, |done, all| {
+        seen.push((done, all));
+    });
     assert_eq!(seen, [(1, 2), (2, 2)]);
     profile.unwrap()
 }
@@ -93,6 +95,21 @@ fn senseless_thresholds_and_other_models_are_refused() {
 fn a_decoder_without_decisions_is_refused() {
     let options = Options { window: 4, stride: None, limit: None };
     let mut decoder = Successor { reports: false, ..Successor::new(|_, _| true) };
-    let error = measure(&mut decoder, &config(3), &[0, 1, 2, 3], options, |_, _| {}).unwrap_err();
+    let error =
+        measure(&mut decoder, &config(3), &[0, 1, 2, 3], options, &Alone, |_, _| {}).unwrap_err();
     assert!(matches!(error, Error::NoRouting), "{error}");
+}
+
+#[test]
+fn ranks_that_share_the_windows_count_what_one_counts() {
+    let tokens = [0, 1, 2, 3].repeat(8);
+    let run = |world: &dyn World| {
+        let mut decoder = Successor::new(|module, position| (module + position) % 3 != 2);
+        let options = Options { window: 6, stride: None, limit: None };
+        measure(&mut decoder, &config(3), &tokens, options, world, |_, _| {}).unwrap()
+    };
+    let alone = run(&Alone);
+    for size in [2, 7] {
+        assert_eq!(threads::run(size, |world| run(world)), vec![alone.clone(); size]);
+    }
 }

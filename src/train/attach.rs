@@ -14,7 +14,8 @@ use crate::model::mlp::{GateUp, Mlp};
 use crate::model::router::{Router, Routing, Source};
 use crate::model::{Error, Parts};
 
-/// The output layer of a router, by its released name.
+/// The layers of a router, by their released names.
+const HIDDEN: &str = "hidden_layer";
 const OUTPUT: &str = "weight_predictor";
 
 /// With a bias the weights begin smaller by this factor, so that it decides.
@@ -23,7 +24,8 @@ const BIASED_WEIGHTS: f32 = 0.1;
 /// A network with a new router for every module.
 ///
 /// The published initialisation is Kaiming's uniform of gain 1, `±√(3 / hidden)`, and no bias. A
-/// keep bias `b` scales the weights by a tenth and sets the biases to `b` and `−b`.
+/// keep bias `b` scales the output's weights by a tenth and sets its biases to `b` and `−b`. A hidden
+/// layer begins with the gain of its relu, `±√(6 / hidden)`, and no bias.
 pub(super) fn routers(
     mut parts: Parts,
     settings: &settings::Router,
@@ -37,34 +39,64 @@ pub(super) fn routers(
         for (kind, routing) in [(ModuleKind::Attention, attention), (ModuleKind::Mlp, mlp)] {
             let Some(routing) = routing else { continue };
             let place = |source| Error::Compute { layer: Some(layer.index), source };
-            let name = |part: &str| names::router(layer.index, kind, &format!("{OUTPUT}.{part}"));
-            let bound = (3.0 / hidden as f64).sqrt();
-            let next = (seed, parameters.len());
-            let uniform = Initial::Uniform { bound };
-            let weight =
-                Parameter::new(name("weight"), at, &[2, hidden], uniform, next).map_err(place)?;
-            let bias = settings.keep_bias as f32;
-            if bias != 0.0 {
-                let values = weight.values().map_err(place)?;
-                let values = values.iter().map(|value| value * BIASED_WEIGHTS).collect();
-                weight.set(values).map_err(place)?;
+            let mut new =
+                NewRouter { layer: layer.index, at, kind, seed, parameters: &mut parameters };
+            let mut width = hidden;
+            let mut first = None;
+            if let Some(inner) = settings.width {
+                let bound = (6.0 / hidden as f64).sqrt();
+                let zeros = vec![0.0; inner];
+                first =
+                    Some(new.linear(HIDDEN, [inner, hidden], bound, 1.0, zeros).map_err(place)?);
+                width = inner;
             }
-            let initial = Initial::Values(vec![bias, 0.0 - bias]);
-            let bias = Parameter::new(name("bias"), at, &[2], initial, next).map_err(place)?;
-            let output = Linear {
-                weight: weight.var.as_tensor().clone(),
-                bias: Some(bias.var.as_tensor().clone()),
-                lora: None,
-            };
-            let router = Router { hidden: None, output, decisions: 1 };
+            let bias = settings.keep_bias as f32;
+            let scale = if bias == 0.0 { 1.0 } else { BIASED_WEIGHTS };
+            let bound = (3.0 / width as f64).sqrt();
+            let biases = vec![bias, 0.0 - bias];
+            let output = new.linear(OUTPUT, [2, width], bound, scale, biases).map_err(place)?;
+            let router = Router { hidden: first, output, decisions: 1 };
             let source = Source::Own { router, tap: Tap::LayerInput };
             *routing = Routing::Routed { source, dispatch: None };
-            parameters.extend([weight, bias]);
         }
     }
     let mut network = Network { parts, parameters };
     network.gather();
     Ok(network)
+}
+
+/// A router whose layers are made.
+struct NewRouter<'a> {
+    layer: usize,
+    /// The layer's place among those that are left.
+    at: usize,
+    kind: ModuleKind,
+    seed: u64,
+    parameters: &'a mut Vec<Parameter>,
+}
+
+impl NewRouter<'_> {
+    /// The layer `part`, `[out, in]`: weights uniform in `±bound`, times `scale`, and `biases`.
+    fn linear(
+        &mut self,
+        part: &str,
+        shape: [usize; 2],
+        bound: f64,
+        scale: f32,
+        biases: Vec<f32>,
+    ) -> candle_core::Result<Linear> {
+        let name = |of: &str| names::router(self.layer, self.kind, &format!("{part}.{of}"));
+        let next = (self.seed, self.parameters.len());
+        let uniform = Initial::Uniform { bound };
+        let weight = Parameter::new(name("weight"), self.at, &shape, uniform, next)?;
+        weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
+        let biases = Initial::Values(biases);
+        let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, next)?;
+        let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
+        let linear = Linear { weight: tensor(&weight), bias: Some(tensor(&bias)), lora: None };
+        self.parameters.extend([weight, bias]);
+        Ok(linear)
+    }
 }
 
 /// A network with a new adapter on every target: A uniform in `±1 / √in`, B zero, as PEFT begins.
@@ -138,3 +170,6 @@ fn projection<'a>(
         Target::Down => mlp.map(|module| &mut module.down),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,16 @@
 //! Text to windows of tokens.
 //!
 //! Every file is tokenised once, into a cache file named by the hash of its content and of the
-//! tokenizer. Documents (a text file, or a line of JSONL) follow one another, each ended by the
-//! end-of-text token where the model has one, and are cut into full windows; what is left over at
-//! the end is not used. The windows at the end are held out, where that is asked for; the others are
+//! tokenizer. Documents (a text file, a line of JSONL, or a row of a Parquet file) follow one another, each ended by the
+//! end-of-text token where the model has one, and are cut into windows ([`windows`]), together or each
+//! by itself. The windows at the end are held out, where that is asked for; the others are
 //! visited in an order that is random by epoch and a function of the seed.
 
 mod cache;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod read;
+mod windows;
 
 use std::io;
 use std::ops::ControlFlow;
@@ -18,6 +21,11 @@ use crate::artifact;
 use crate::text::{self, Tokenizer};
 
 use cache::Tokens;
+
+pub use windows::{Cut, Windows};
+
+/// The field that holds the text, where none is named.
+pub const FIELD: &str = "text";
 
 /// Why there are no windows.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +48,32 @@ pub enum Error {
         /// What it is, by its name.
         kind: String,
     },
+    /// A file of a kind that this build does not read.
+    #[error("{}: this build does not read Parquet; build it with --features parquet, or give plain text or JSONL", path.display())]
+    NotBuilt {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file that is not read as Parquet.
+    #[error("{}: cannot be read as Parquet: {found}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        found: String,
+    },
+    /// A table without the column that should hold the text.
+    #[error("{}: has no column {column}; its columns are {}; name one with --text-field", path.display(), columns.join(", "))]
+    Column {
+        /// The file.
+        path: PathBuf,
+        /// The column that was looked for.
+        column: String,
+        /// Those there are.
+        columns: Vec<String>,
+    },
     /// A directory without text.
-    #[error("{}: holds no .txt, .md or .jsonl file", path.display())]
+    #[error("{}: holds no .txt, .md, .jsonl or .parquet file", path.display())]
     NoFiles {
         /// The directory.
         path: PathBuf,
@@ -61,7 +93,7 @@ pub enum Error {
         offset: u64,
     },
     /// A line of JSONL that is no document.
-    #[error("{}: line {line}: {found}; expected an object with a string \"text\"", path.display())]
+    #[error("{}: line {line}: {found}; expected an object with a string \"{field}\"", path.display())]
     Line {
         /// The file.
         path: PathBuf,
@@ -69,6 +101,8 @@ pub enum Error {
         line: u64,
         /// What is wrong with it.
         found: String,
+        /// The field that should hold the text.
+        field: String,
     },
     /// The tokenizer failed.
     #[error("{}: {source}", path.display())]
@@ -146,13 +180,17 @@ pub struct Corpus {
 pub struct Place {
     /// The file.
     pub path: PathBuf,
-    /// A byte of it that is at most a hundred or so tokens earlier; of JSONL, that of the line.
+    /// A byte of it that is at most a hundred or so tokens earlier; of JSONL, that of the line; of a
+    /// table, the row.
     pub offset: u64,
+    /// Whether that is a row, from 0.
+    pub rows: bool,
 }
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} from byte {} on", self.path.display(), self.offset)
+        let unit = if self.rows { "row" } else { "byte" };
+        write!(f, "{} from {unit} {} on", self.path.display(), self.offset)
     }
 }
 
@@ -167,6 +205,8 @@ pub struct Tokenisation<'a> {
     pub vocab: usize,
     /// Where the caches lie.
     pub cache: &'a Path,
+    /// The field of JSONL, or column of a table, that holds the text.
+    pub field: &'a str,
 }
 
 impl Corpus {
@@ -189,7 +229,7 @@ impl Corpus {
         let Some(tokenizer) = artifact::hash::of_file(&path, &mut |_| true)? else {
             return Err(Error::Interrupted);
         };
-        let texts = read::collect(paths)?;
+        let texts = read::collect(paths, how.field)?;
         let total = texts.iter().map(|text| text.size).sum();
         let (mut done, mut files, mut starts) = (0, Vec::new(), vec![0]);
         for text in texts {
@@ -225,87 +265,19 @@ impl Corpus {
         Ok(tokens)
     }
 
+    /// Where every document begins, in order.
+    fn documents(&self) -> impl Iterator<Item = u64> {
+        let files = self.files.iter().zip(&self.starts);
+        files.flat_map(|(file, start)| file.documents().map(move |token| start + token))
+    }
+
     /// Where token `token` stands.
     fn place(&self, token: u64) -> Place {
         let at = self.starts.partition_point(|start| *start <= token).saturating_sub(1);
         match self.files.get(at) {
             Some(file) => file.place(token - self.starts[at]),
-            None => Place { path: PathBuf::new(), offset: 0 },
+            None => Place { path: PathBuf::new(), offset: 0, rows: false },
         }
-    }
-}
-
-/// Consecutive windows of a corpus.
-#[derive(Debug, Clone, Copy)]
-pub struct Windows<'a> {
-    corpus: &'a Corpus,
-    window: usize,
-    first: usize,
-    count: usize,
-}
-
-impl<'a> Windows<'a> {
-    /// The full windows of `window` tokens; at least `needed`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Short`].
-    pub fn new(corpus: &'a Corpus, window: usize, needed: usize) -> Result<Self, Error> {
-        let tokens = corpus.tokens();
-        let windows = (tokens / window.max(1) as u64) as usize;
-        if windows < needed {
-            return Err(Error::Short { tokens, windows, window, needed });
-        }
-        Ok(Self { corpus, window, first: 0, count: windows })
-    }
-
-    /// All but the last `share` of the windows, and those, at least one.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Short`] if either part would be empty.
-    pub fn hold_out(self, share: f64) -> Result<(Self, Self), Error> {
-        let held = ((self.count as f64 * share).round() as usize).max(1);
-        if held >= self.count {
-            let (tokens, windows, window) = (self.corpus.tokens(), self.count, self.window);
-            return Err(Error::Short { tokens, windows, window, needed: held + 1 });
-        }
-        let first = self.first + self.count - held;
-        Ok((Self { count: self.count - held, ..self }, Self { first, count: held, ..self }))
-    }
-
-    /// The first `limit` windows.
-    #[must_use]
-    pub fn take(self, limit: usize) -> Self {
-        Self { count: self.count.min(limit), ..self }
-    }
-
-    /// Number of windows.
-    pub const fn len(&self) -> usize {
-        self.count
-    }
-
-    /// Whether there is none.
-    pub const fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    /// The tokens of window `index`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] and [`Error::Token`].
-    pub fn tokens(&self, index: usize) -> Result<Vec<u32>, Error> {
-        self.corpus.read(self.start(index), self.window)
-    }
-
-    /// Where window `index` begins.
-    pub fn place(&self, index: usize) -> Place {
-        self.corpus.place(self.start(index))
-    }
-
-    fn start(&self, index: usize) -> u64 {
-        (self.first + index) as u64 * self.window as u64
     }
 }
 

@@ -32,6 +32,7 @@ pub(super) struct Loss {
 
 impl Loss {
     /// The mean over the rows that count.
+    #[cfg(test)]
     pub(super) fn mean(&self) -> f64 {
         self.sum / self.count.max(1) as f64
     }
@@ -76,9 +77,14 @@ pub(super) fn next_token(
 }
 
 /// How far the predictions of `hidden` are from those of `teacher`, both `[rows, hidden]`: the
-/// Kullback-Leibler divergence, of every row.
-pub(super) fn distilled(hidden: &Tensor, teacher: &Tensor, head: &Tensor) -> Result<Loss> {
-    let count = hidden.dim(0)?;
+/// Kullback-Leibler divergence, of every row that is `real`.
+pub(super) fn distilled(
+    hidden: &Tensor,
+    teacher: &Tensor,
+    head: &Tensor,
+    real: &[bool],
+) -> Result<Loss> {
+    let count = real.iter().filter(|real| **real).count();
     let scale = 1.0 / count.max(1) as f32;
     let mut chunks = Chunks::new(hidden, head, true, 2)?;
     let mut taught = Chunks::new(teacher, head, false, 2)?;
@@ -89,7 +95,12 @@ pub(super) fn distilled(hidden: &Tensor, teacher: &Tensor, head: &Tensor) -> Res
         let pairs = chunks.logits.par_chunks_exact_mut(width);
         let divergences: Vec<f64> = pairs
             .zip(taught.logits.par_chunks_exact_mut(width))
-            .map(|(row, teacher)| {
+            .zip(&real[rows.clone()])
+            .map(|((row, teacher), real)| {
+                if !real {
+                    row.fill(0.0);
+                    return 0.0;
+                }
                 // Σ p' · (z' − z) before the logits become shares.
                 let difference: Vec<f32> =
                     teacher.iter().zip(&*row).map(|(teacher, own)| teacher - own).collect();
@@ -230,13 +241,13 @@ mod tests {
     fn divergence_as_candle_computes_it() {
         let (x, head) = (Var::from_tensor(&random(7, 6)).unwrap(), random(11, 6));
         let teacher = Var::from_tensor(&random(7, 6)).unwrap();
-        let found = distilled(&x.detach(), &teacher.detach(), &head).unwrap();
+        let found = distilled(&x.detach(), &teacher.detach(), &head, &[true; 7]).unwrap();
         let (own, taught) = (composed(&x, &head), composed(&teacher, &head).detach());
         let terms = (taught.exp().unwrap() * (&taught - own).unwrap()).unwrap();
         let loss = (terms.sum_all().unwrap() / 7.0).unwrap();
         close(&[found.mean() as f32], &[loss.to_scalar().unwrap()]);
         close(&found.gradient, &values(loss.backward().unwrap().get(&x).unwrap()));
-        assert!(distilled(&x.detach(), &x.detach(), &head).unwrap().sum.abs() < 1e-5);
+        assert!(distilled(&x.detach(), &x.detach(), &head, &[true; 7]).unwrap().sum.abs() < 1e-5);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::events::Events;
 use super::output::replace;
 use crate::artifact;
 
@@ -23,6 +24,16 @@ pub enum Metrics {
     Step(Step),
     /// An evaluation on what is held out.
     Evaluation(Evaluation),
+}
+
+impl Metrics {
+    /// Steps done.
+    pub const fn step(&self) -> u64 {
+        match self {
+            Self::Step(step) => step.step,
+            Self::Dense(evaluation) | Self::Evaluation(evaluation) => evaluation.step,
+        }
+    }
 }
 
 /// What an optimiser step gave.
@@ -68,30 +79,37 @@ pub struct Evaluation {
 pub(super) struct Log {
     path: PathBuf,
     file: File,
+    events: Option<Events>,
 }
 
 impl Log {
     /// Opens the file of a run that continues after `step`: lines of later steps are removed.
-    pub(super) fn open(output: &Path, step: u64) -> Result<Self, Error> {
+    pub(super) fn open(output: &Path, step: u64, tensorboard: bool) -> Result<Self, Error> {
         let path = output.join(FILE);
+        let mut events = tensorboard.then(|| Events::begin(output)).transpose()?;
         if let Ok(text) = fs::read_to_string(&path) {
-            let earlier = |line: &&str| match serde_json::from_str(line) {
-                Ok(Metrics::Step(line)) => line.step <= step,
-                Ok(Metrics::Dense(line) | Metrics::Evaluation(line)) => line.step <= step,
-                Err(_) => false,
-            };
-            let kept: String = text.lines().filter(earlier).flat_map(|line| [line, "\n"]).collect();
+            let mut kept = String::new();
+            for line in text.lines() {
+                let Ok(metrics) = serde_json::from_str::<Metrics>(line) else { continue };
+                if metrics.step() <= step {
+                    kept.extend([line, "\n"]);
+                    if let Some(events) = &mut events {
+                        events.add(&metrics)?;
+                    }
+                }
+            }
             replace(&path, kept.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.map_err(|source| artifact::Error::io("open", &path, source))?;
-        Ok(Self { path, file })
+        Ok(Self { path, file, events })
     }
 
     pub(super) fn write(&mut self, metrics: &Metrics) -> Result<(), Error> {
         let failed = |source| artifact::Error::io("write", &self.path, source);
         let mut line = serde_json::to_vec(metrics).map_err(|error| failed(error.into()))?;
         line.push(b'\n');
-        Ok(self.file.write_all(&line).map_err(failed)?)
+        self.file.write_all(&line).map_err(failed)?;
+        self.events.as_mut().map_or(Ok(()), |events| events.add(metrics))
     }
 }

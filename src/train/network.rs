@@ -7,16 +7,17 @@
 //! same noise, when its turn in the backward comes: memory then does not grow with depth.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{Device, Result as Candle, Tensor, Var};
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
+use super::batch::{Batch, Totals};
 use super::loss::{self, Loss};
 use super::parameters::Parameter;
 use super::random::{self, Use};
-use crate::model::gradient::{hold, seed};
+use crate::model::gradient::{hold, seed, widened};
 use crate::model::layer::Decision;
-use crate::model::linear::Linear;
 use crate::model::router::Routing;
 use crate::model::step::{Decide, Relaxation, Step};
 use crate::model::{Error, Parts};
@@ -26,15 +27,6 @@ use crate::model::{Error, Parts};
 pub(super) struct Network {
     pub(super) parts: Parts,
     pub(super) parameters: Vec<Parameter>,
-}
-
-/// Whole windows, one after the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Batch {
-    /// `[windows · window]`.
-    pub(super) ids: Vec<u32>,
-    /// Number of windows.
-    pub(super) windows: usize,
 }
 
 /// What a forward pass is to be trained for.
@@ -61,17 +53,18 @@ pub(super) struct Sampling {
     pub(super) alpha: f64,
 }
 
-/// What a forward and backward pass gave.
-#[derive(Debug)]
-pub(super) struct Pass {
-    /// The mean loss of the predictions, in nats.
-    pub(super) prediction: f64,
-    /// That, and the pull towards the target.
-    pub(super) loss: f64,
-    /// The share of decisions that keep; `None` if nothing is routed.
-    pub(super) keep: Option<f64>,
-    /// By parameter; empty where the loss is not finite.
-    pub(super) gradients: Vec<Vec<f32>>,
+/// A forward pass that waits for its backward.
+pub(super) struct Forward {
+    step: Step,
+    /// Of the batch.
+    mask: Option<Tensor>,
+    /// By layer; `None` where the layer is to run again.
+    graphs: Vec<Option<Graph>>,
+    inputs: Vec<Tensor>,
+    /// Of the mean over the own windows, with respect to the last layer's output.
+    gradient: Tensor,
+    /// Of the own windows.
+    pub(super) totals: Totals,
 }
 
 /// One layer's graph.
@@ -111,26 +104,28 @@ impl Network {
         }
     }
 
-    /// The noise of forward pass `number` over `rows` tokens.
+    /// The noise of the tokens `rows` of forward pass `number`.
     pub(super) fn noise(
         &self,
         seed: u64,
         number: u64,
-        rows: usize,
+        rows: Range<usize>,
     ) -> Candle<BTreeMap<ModuleId, Tensor>> {
         let mut noise = BTreeMap::new();
         for id in self.routed() {
             let module = 2 * id.layer as u64 + u64::from(id.kind == ModuleKind::Mlp);
             let mut random = random::generator(seed, Use::Gumbel, number, module);
+            random::skip(&mut random, rows.start as u64);
             let draws: Vec<f32> =
-                (0..rows).map(|_| random::gumbel_difference(&mut random)).collect();
-            noise.insert(id, Tensor::from_vec(draws, rows, &Device::Cpu)?);
+                rows.clone().map(|_| random::gumbel_difference(&mut random)).collect();
+            noise.insert(id, Tensor::from_vec(draws, rows.len(), &Device::Cpu)?);
         }
         Ok(noise)
     }
 
-    /// Losses and gradients of a batch.
-    pub(super) fn gradients(&self, batch: &Batch, objective: &Objective) -> Result<Pass, Error> {
+    /// The first half of a pass: everything up to the loss of `batch`, which may be a part of the
+    /// pass' windows.
+    pub(super) fn forward(&self, batch: &Batch, objective: &Objective) -> Result<Forward, Error> {
         let decide = match &objective.sampling {
             Some(sampling) => {
                 Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
@@ -145,29 +140,33 @@ impl Network {
         let mut counts = (0.0, 0_usize);
         for at in 0..self.parts.layers.len() {
             let graph = self.layer(at, &x, &step)?;
-            self.count(at, &graph, &mut counts)?;
+            self.count(at, &graph, batch, &mut counts)?;
             let y = graph.y.detach();
             inputs.push(std::mem::replace(&mut x, y));
             graphs.push((!objective.recompute).then_some(graph));
         }
-        let (loss, mut gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
-        let keep = (counts.1 > 0).then(|| counts.0 / counts.1 as f64);
-        let prediction = loss.mean();
-        let (mut total, mut pull) = (prediction, 0.0);
-        if let (Some(sampling), Some(keep)) = (&objective.sampling, keep) {
-            total += sampling.alpha * (sampling.target - keep).abs();
-            let sign = match keep.total_cmp(&sampling.target) {
-                std::cmp::Ordering::Less => -1.0,
-                std::cmp::Ordering::Equal => 0.0,
-                std::cmp::Ordering::Greater => 1.0,
-            };
-            pull = sampling.alpha * sign / counts.1 as f64;
+        let (loss, gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
+        let totals = Totals([loss.sum, loss.count as f64, counts.0, counts.1 as f64]);
+        let mask = batch.mask().map_err(outside)?;
+        Ok(Forward { step, mask, graphs, inputs, gradient, totals })
+    }
+
+    /// The second half: the gradients by parameter of the whole pass' loss, as far as they come from
+    /// the windows of `forward`; `totals` are the whole pass'.
+    pub(super) fn backward(
+        &self,
+        forward: Forward,
+        sampling: Option<&Sampling>,
+        totals: &Totals,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let Forward { step, mask, mut graphs, mut inputs, mut gradient, totals: own } = forward;
+        let share = own.0[1] / totals.0[1].max(1.0);
+        if own.0[1] < totals.0[1] {
+            gradient = (gradient * share).map_err(outside)?;
         }
-        let mut pass = Pass { prediction, loss: total, keep, gradients: Vec::new() };
-        if !total.is_finite() {
-            return Ok(pass);
-        }
-        pass.gradients = self.parameters.iter().map(|one| vec![0.0; one.len()]).collect();
+        let pull = totals.pull(sampling);
+        let mut gradients: Vec<_> =
+            self.parameters.iter().map(|one| vec![0.0; one.len()]).collect();
         while let (Some(input), Some(graph)) = (inputs.pop(), graphs.pop()) {
             let at = inputs.len();
             let graph = match graph {
@@ -175,9 +174,10 @@ impl Network {
                 None => self.layer(at, &input, &step)?,
             };
             let place = self.place(at);
-            gradient = self.back(at, graph, &gradient, pull, &mut pass.gradients).map_err(place)?;
+            let pull = (pull, mask.as_ref());
+            gradient = self.back(at, graph, &gradient, pull, &mut gradients).map_err(place)?;
         }
-        Ok(pass)
+        Ok(gradients)
     }
 
     /// How well the text is predicted; how many of the decisions keep, of how many.
@@ -188,7 +188,7 @@ impl Network {
     ) -> Result<(Loss, (f64, usize)), Error> {
         let step = self.step(batch, decide).map_err(outside)?;
         let mut counts = (0.0, 0);
-        let x = self.walk(batch, &step, |at, graph| self.count(at, graph, &mut counts))?;
+        let x = self.walk(batch, &step, |at, graph| self.count(at, graph, batch, &mut counts))?;
         let (loss, _) = self.head(&x, batch, None, false).map_err(outside)?;
         Ok((loss, counts))
     }
@@ -218,14 +218,13 @@ impl Network {
     }
 
     fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
-        let window = batch.ids.len() / batch.windows.max(1);
-        Step::whole(batch.windows, window, &self.parts.frequencies, decide)
+        Step::whole(batch.windows(), batch.window(), &self.parts.frequencies, decide)
     }
 
     /// `[rows, hidden]`.
     fn embed(&self, batch: &Batch) -> Candle<Tensor> {
-        let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &Device::Cpu)?;
-        self.parts.embedding.index_select(&ids, 0)
+        let ids = Tensor::from_slice(batch.ids(), batch.rows(), &Device::Cpu)?;
+        widened(&self.parts.embedding.index_select(&ids, 0)?)
     }
 
     fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
@@ -239,17 +238,27 @@ impl Network {
     }
 
     /// Adds a layer's decisions to the sum of keeps and their number.
-    fn count(&self, at: usize, graph: &Graph, counts: &mut (f64, usize)) -> Result<(), Error> {
+    fn count(
+        &self,
+        at: usize,
+        graph: &Graph,
+        batch: &Batch,
+        counts: &mut (f64, usize),
+    ) -> Result<(), Error> {
         for decision in &graph.decisions {
-            let kept = match &decision.keep {
-                Some(keep) => hold(keep).map(|keep| keep.iter().map(|k| f64::from(*k)).sum()),
+            let kept: Candle<f64> = match &decision.keep {
+                Some(keep) => hold(keep).map(|keep| {
+                    let real = keep.iter().zip(batch.real()).filter(|(_, real)| *real);
+                    real.map(|(keep, _)| f64::from(*keep)).sum()
+                }),
                 None => decision.margins.contiguous().and_then(|margins| {
-                    let kept = hold(&margins)?.iter().filter(|margin| **margin >= 0.0).count();
-                    Ok(kept as f64)
+                    let margins = hold(&margins)?;
+                    let real = margins.iter().zip(batch.real()).filter(|(_, real)| *real);
+                    Ok(real.filter(|(margin, _)| **margin >= 0.0).count() as f64)
                 }),
             };
             counts.0 += kept.map_err(self.place(at))?;
-            counts.1 += decision.margins.elem_count();
+            counts.1 += batch.tokens();
         }
         Ok(())
     }
@@ -262,15 +271,16 @@ impl Network {
         teacher: Option<&Tensor>,
         gradient: bool,
     ) -> Candle<(Loss, Tensor)> {
-        let Linear { weight, .. } = &self.parts.head;
+        let weight = &widened(&self.parts.head.weight)?;
         let kernels = crate::model::ops::Kernels::Differentiable;
         let x = Var::from_tensor(x)?;
         let normed = self.parts.norm.forward(&x, kernels)?;
         let mut loss = match teacher {
-            None => loss::next_token(&normed, weight, &targets(batch), gradient)?,
+            None => loss::next_token(&normed, weight, &batch.targets(), gradient)?,
             Some(teacher) => {
                 let teacher = self.parts.norm.forward(teacher, kernels)?;
-                loss::distilled(&normed, &teacher, weight)?
+                let real: Vec<_> = batch.real().collect();
+                loss::distilled(&normed, &teacher, weight, &real)?
             }
         };
         if !gradient {
@@ -293,12 +303,13 @@ impl Network {
         at: usize,
         graph: Graph,
         gradient: &Tensor,
-        pull: f64,
+        (pull, mask): (f64, Option<&Tensor>),
         gradients: &mut [Vec<f32>],
     ) -> Candle<Tensor> {
         let mut root = seed(&graph.y, gradient)?;
         for keep in graph.decisions.iter().filter_map(|decision| decision.keep.as_ref()) {
-            root = (root + (keep.sum_all()? * pull)?)?;
+            let kept = mask.map_or_else(|| keep.sum_all(), |mask| (keep * mask)?.sum_all());
+            root = (root + (kept? * pull)?)?;
         }
         let mut store = root.backward()?;
         let own = self.parameters.iter().zip(gradients).filter(|(one, _)| one.layer == at);
@@ -321,13 +332,6 @@ impl Network {
         let layer = self.parts.layers.get(at).map(|layer| layer.index);
         move |source| Error::Compute { layer, source }
     }
-}
-
-/// The next token of every token but the last of each window.
-fn targets(batch: &Batch) -> Vec<Option<u32>> {
-    let window = batch.ids.len() / batch.windows.max(1);
-    let next = |at: usize| (!(at + 1).is_multiple_of(window)).then(|| batch.ids[at + 1]);
-    (0..batch.ids.len()).map(next).collect()
 }
 
 fn outside(source: candle_core::Error) -> Error {

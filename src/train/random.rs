@@ -27,6 +27,12 @@ pub(super) fn generator(seed: u64, what: Use, first: u64, second: u64) -> ChaCha
     ChaCha8Rng::from_seed(bytes)
 }
 
+/// Passes over `draws` draws of [`uniform`] or [`gumbel_difference`] of a fresh generator.
+pub(super) fn skip(random: &mut ChaCha8Rng, draws: u64) {
+    // Each takes one word.
+    random.set_word_pos(u128::from(draws));
+}
+
 /// Uniform in the open interval (0, 1).
 pub(super) fn uniform(random: &mut ChaCha8Rng) -> f64 {
     (f64::from(random.next_u32()) + 0.5) / (f64::from(u32::MAX) + 1.0)
@@ -58,6 +64,17 @@ mod tests {
         assert_eq!(draw(Use::Gumbel, 1, 2), draw(Use::Gumbel, 1, 2));
         assert_ne!(draw(Use::Gumbel, 1, 2), draw(Use::Gumbel, 2, 1));
         assert_ne!(draw(Use::Gumbel, 1, 2), draw(Use::Order, 1, 2));
+    }
+
+    #[test]
+    fn draws_can_be_passed_over() {
+        let mut whole = generator(7, Use::Gumbel, 1, 2);
+        let draws: Vec<f32> = (0..100).map(|_| gumbel_difference(&mut whole)).collect();
+        for first in [0, 1, 15, 16, 63, 64, 90] {
+            let mut random = generator(7, Use::Gumbel, 1, 2);
+            skip(&mut random, first as u64);
+            assert_eq!(gumbel_difference(&mut random).to_bits(), draws[first].to_bits());
+        }
     }
 
     /// The variance of the logistic distribution is π²/3, its mean 0.

@@ -1,24 +1,22 @@
-//! The loop.
-
-use std::path::PathBuf;
-use std::time::Instant;
+//! What a run begins with: its directory, its texts, its model.
 
 use skipgpt_passes::ir::{self, GateUp, KeyValue};
 use skipgpt_passes::validate::validate;
 
 use super::attach;
-use super::data::{Corpus, Order, Tokenisation, Windows};
-use super::metrics::{Evaluation, Log, Metrics, Step};
-use super::network::{Batch, Network, Objective, Pass, Sampling};
-use super::optimizer::{self, AdamW};
+use super::data::{Corpus, Cut, Order, Tokenisation, Windows};
+use super::metrics::Log;
+use super::network::Network;
+use super::optimizer::AdamW;
 use super::record::{self, Record};
-use super::settings::{Settings, Stage};
+use super::settings::Stage;
+use super::share::Share;
 use super::state::Store;
-use super::{Error, Event, OnEvent, Outcome, Request, output};
-use crate::artifact::hash::InputHashes;
+use super::trainer::Trainer;
+use super::{Error, Event, OnEvent, Outcome, Request, events};
+use crate::artifact::hash::{self, InputHashes};
 use crate::model::dropout::Clock;
 use crate::model::ops::Kernels;
-use crate::model::step::Decide;
 use crate::model::{self, Reference};
 
 /// Where texts are kept tokenised, in the run's directory.
@@ -31,31 +29,43 @@ pub(super) const TOKENS: &str = "tokens";
 /// [`Error::NotFinite`] and [`Error::Interrupted`] leave the checkpoints so far; the other variants
 /// say what is wrong with the request, its inputs or the directory.
 pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Error> {
-    let (checkpoint, settings) = (request.checkpoint, request.settings);
+    let (checkpoint, settings, world) = (request.checkpoint, request.settings, request.world);
     settings.check(checkpoint.model.config.max_position_embeddings)?;
     check_stage(request)?;
-    if request.resume {
-        record::occupied(request.output)?;
-    } else {
-        record::vacant(request.output)?;
+    if request.options.tensorboard && !events::AVAILABLE {
+        return Err(Error::NoTensorBoard);
+    }
+    let share = Share::new(world, settings.batch, settings.accumulate)?;
+    if world.leads() {
+        if request.resume {
+            record::occupied(request.output)?;
+        } else {
+            record::vacant(request.output)?;
+        }
     }
     let texts = Texts::open(request, on_event)?;
     let (training, held_out) = texts.windows(request)?;
-    let record = Record {
-        version: record::VERSION,
-        settings: settings.clone(),
-        checkpoint: identity(request)?,
-        text: texts.training.keys(),
-        evaluation: texts.evaluation.as_ref().map(Corpus::keys).unwrap_or_default(),
-    };
-    if request.resume {
-        record.compare(request.output)?;
+    if world.leads() {
+        let record = Record {
+            version: record::VERSION,
+            settings: settings.clone(),
+            checkpoint: identity(request)?,
+            text: texts.training.keys(),
+            evaluation: texts.evaluation.as_ref().map(Corpus::keys).unwrap_or_default(),
+        };
+        if request.resume {
+            record.compare(request.output)?;
+        } else {
+            record.begin(request.output)?;
+        }
     }
     let clock = Clock::default();
     let network = load(request, &clock)?;
     let optimizer = AdamW::new(settings.optimizer, &network.parameters);
     let store = Store::new(request.output, request.options.keep_checkpoints);
     let mut trainer = Trainer {
+        world,
+        share,
         settings,
         order: Order::new(settings.seed, training.len()),
         training,
@@ -65,14 +75,19 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
         clock,
         store,
         step: 0,
+        tokens: 0,
         recompute: request.options.recompute,
     };
     if request.resume {
         trainer.step = trainer.store.load(&trainer.network.parameters, &mut trainer.optimizer)?;
-    } else {
-        record.begin(request.output)?;
+        trainer.tokens = trainer.tokens_of(0..trainer.step);
     }
-    let log = Log::open(request.output, trainer.step)?;
+    texts.agree(request, trainer.step)?;
+    let options = &request.options;
+    let log = world
+        .leads()
+        .then(|| Log::open(request.output, trainer.step, options.tensorboard))
+        .transpose()?;
     trainer.finish(request, log, on_event)
 }
 
@@ -118,7 +133,11 @@ fn load(request: &Request<'_>, clock: &Clock) -> Result<Network, Error> {
         let lines: Vec<_> = violations.0.iter().map(ToString::to_string).collect();
         Error::Invalid(lines.join("\n"))
     })?;
-    let options = model::Options { kernels: Kernels::Differentiable, ..model::Options::default() };
+    let options = model::Options {
+        matrices: Some(request.settings.base.dtype()),
+        kernels: Kernels::Differentiable,
+        ..model::Options::default()
+    };
     let parts = Reference::load_with(model, &checkpoint.sources, options)?.into_parts();
     let seed = request.settings.seed;
     let network = match &request.settings.stage {
@@ -145,7 +164,12 @@ impl Texts {
             directory: &request.checkpoint.directory,
             vocab: request.checkpoint.model.config.vocab_size,
             cache: request.cache.unwrap_or(&own),
+            field: request.text_field,
         };
+        if !request.world.leads() {
+            // The first rank tokenises, and the others find what it made.
+            request.world.meet()?;
+        }
         let mut progress = |progress| on_event(Event::Tokenising(progress));
         let training = Corpus::open(request.text, how, &mut progress)?;
         let evaluation = if request.evaluation.is_empty() {
@@ -154,16 +178,42 @@ impl Texts {
             let corpus = Corpus::open(request.evaluation, how, &mut progress);
             Some(corpus.map_err(Error::Evaluation)?)
         };
+        if request.world.leads() {
+            request.world.meet()?;
+        }
         Ok(Self { training, evaluation })
+    }
+
+    /// Refuses ranks that see other texts or another checkpoint than the first: the run's directory
+    /// and the texts must be the same for all.
+    fn agree(&self, request: &Request<'_>, step: u64) -> Result<(), Error> {
+        let keys = self.training.keys().into_iter();
+        let keys = keys.chain(self.evaluation.iter().flat_map(Corpus::keys));
+        let digest = hash::of_bytes(keys.collect::<Vec<_>>().join(" ").as_bytes()).sha256;
+        let number = u32::from_str_radix(&digest[..8], 16).unwrap_or_default();
+        let own = [step as f64, f64::from(number)];
+        let mut sums = own;
+        request.world.sum(&mut sums)?;
+        let size = request.world.size() as f64;
+        for (what, (own, sum)) in
+            ["the last checkpoint", "the texts"].iter().zip(own.iter().zip(sums))
+        {
+            // Whole numbers, far under 2^53.
+            if (own * size - sum).abs() > 0.5 {
+                return Err(Error::Unlike { what });
+            }
+        }
+        Ok(())
     }
 
     /// What is trained on, and what is evaluated on.
     fn windows(&self, request: &Request<'_>) -> Result<(Windows<'_>, Option<Windows<'_>>), Error> {
         let window = request.settings.window;
+        let cut = if request.settings.pad { Cut::Apart } else { Cut::Packed };
         let limit = request.options.evaluation_windows;
-        let all = Windows::new(&self.training, window, 1)?;
+        let all = Windows::new(&self.training, window, cut, 1)?;
         if let Some(evaluation) = &self.evaluation {
-            let held_out = Windows::new(evaluation, window, 1).map_err(Error::Evaluation)?;
+            let held_out = Windows::new(evaluation, window, cut, 1).map_err(Error::Evaluation)?;
             return Ok((all, Some(held_out.take(limit))));
         }
         match request.settings.hold_out {
@@ -172,222 +222,6 @@ impl Texts {
                 let (training, held_out) = all.hold_out(share)?;
                 Ok((training, Some(held_out.take(limit))))
             }
-        }
-    }
-}
-
-/// A run between two steps.
-struct Trainer<'a> {
-    settings: &'a Settings,
-    order: Order,
-    training: Windows<'a>,
-    held_out: Option<Windows<'a>>,
-    network: Network,
-    optimizer: AdamW,
-    clock: Clock,
-    store: Store,
-    /// Steps done.
-    step: u64,
-    recompute: bool,
-}
-
-impl Trainer<'_> {
-    /// Trains to the last step and writes the result.
-    fn finish(
-        mut self,
-        request: &Request<'_>,
-        mut log: Log,
-        on_event: OnEvent<'_>,
-    ) -> Result<Outcome, Error> {
-        let (steps, options) = (self.settings.steps, request.options);
-        let begins = Event::Begins {
-            step: self.step,
-            steps,
-            windows: self.training.len(),
-            parameters: self.network.parameters.iter().map(super::parameters::Parameter::len).sum(),
-        };
-        let mut go_on = on_event(begins).is_continue();
-        let mut evaluation = None;
-        if self.step == 0
-            && let Some(dense) = self.evaluate(&Decide::Always)?
-        {
-            go_on &= on_event(Event::Dense(&dense)).is_continue();
-            log.write(&Metrics::Dense(dense))?;
-        }
-        let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
-        while self.step < steps && go_on {
-            let metrics = self.advance()?;
-            go_on &= on_event(Event::Step(&metrics)).is_continue();
-            log.write(&Metrics::Step(metrics))?;
-            let last = self.step == steps;
-            if last || due(options.evaluate_every, self.step) {
-                evaluation = self.evaluate(&Decide::Argmax)?;
-                if let Some(evaluation) = &evaluation {
-                    go_on &= on_event(Event::Evaluation(evaluation)).is_continue();
-                    log.write(&Metrics::Evaluation(evaluation.clone()))?;
-                }
-            }
-            if last || due(options.save_every, self.step) {
-                go_on &= on_event(Event::Saved(&self.save()?)).is_continue();
-            }
-        }
-        if self.step < steps {
-            let due = self.step > 0 && !due(options.save_every, self.step);
-            let checkpoint = match self.store.last() {
-                Some(last) if !due => last,
-                _ => self.save()?,
-            };
-            return Err(Error::Interrupted { step: self.step, checkpoint });
-        }
-        let parameters = &self.network.parameters;
-        let written = match &self.settings.stage {
-            Stage::Router(_) => output::routers(request.output, parameters, options.pth)?,
-            Stage::Lora(lora) => {
-                let base = &request.checkpoint.directory;
-                output::adapter(request.output, parameters, lora, base)?
-            }
-        };
-        Ok(Outcome { written, evaluation })
-    }
-
-    fn save(&self) -> Result<PathBuf, Error> {
-        Ok(self.store.save(self.step, &self.network.parameters, &self.optimizer)?)
-    }
-
-    /// One optimiser step.
-    fn advance(&mut self) -> Result<Step, Error> {
-        let started = Instant::now();
-        let settings = self.settings;
-        let passes = settings.accumulate as u64;
-        let mut sums = Sums::default();
-        for pass in 0..passes {
-            let number = self.step * passes + pass;
-            let (batch, first) = self.batch(number)?;
-            self.clock.set(Some(number));
-            let computed = self.network.gradients(&batch, &self.objective(number, &batch)?)?;
-            if !computed.loss.is_finite() {
-                return Err(self.not_finite("loss", computed.loss, first));
-            }
-            sums.add(computed);
-        }
-        // The gradients of every pass, whoever computed them, are together from here on.
-        sums.divide(passes as f64);
-        let norm = optimizer::norm(&sums.gradients);
-        if !norm.is_finite() {
-            let first = self.order.window(self.step * passes * settings.batch as u64);
-            return Err(self.not_finite("gradient norm", norm, first));
-        }
-        let rate = settings.rate.at(self.step, settings.steps);
-        self.optimizer
-            .step(&self.network.parameters, &sums.gradients, self.step + 1, rate, norm)
-            .map_err(|source| Error::Compute { what: "the optimiser's step", source })?;
-        let sampling = self.sampling();
-        self.step += 1;
-        let tokens = passes * (settings.batch * settings.window) as u64;
-        Ok(Step {
-            step: self.step,
-            loss: sums.loss,
-            prediction: sums.prediction,
-            keep: sums.keep,
-            target: sampling.map(|(_, target)| target),
-            tau: sampling.map(|(tau, _)| tau),
-            rate,
-            gradient_norm: norm,
-            tokens: self.step * tokens,
-            tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
-        })
-    }
-
-    /// The temperature and the target share of keeps of the step to come, in router tuning.
-    fn sampling(&self) -> Option<(f64, f64)> {
-        let Stage::Router(router) = &self.settings.stage else { return None };
-        let at = |line: &super::schedule::Line| line.at(self.step, self.settings.steps);
-        Some((at(&router.tau), 1.0 - at(&router.skip)))
-    }
-
-    fn objective(&self, number: u64, batch: &Batch) -> Result<Objective, Error> {
-        let sampling = match (&self.settings.stage, self.sampling()) {
-            (Stage::Router(router), Some((tau, target))) => {
-                let noise = self
-                    .network
-                    .noise(self.settings.seed, number, batch.ids.len())
-                    .map_err(|source| Error::Compute { what: "drawing noise", source })?;
-                Some(Sampling { tau, noise, target, alpha: router.alpha })
-            }
-            _ => None,
-        };
-        Ok(Objective { sampling, distill: self.settings.distill, recompute: self.recompute })
-    }
-
-    /// The windows of forward pass `number`, and which is the first.
-    fn batch(&mut self, number: u64) -> Result<(Batch, usize), Error> {
-        let windows = self.settings.batch;
-        let mut ids = Vec::with_capacity(windows * self.settings.window);
-        let start = number * windows as u64;
-        let first = self.order.window(start);
-        for sample in start..start + windows as u64 {
-            ids.extend(self.training.tokens(self.order.window(sample))?);
-        }
-        Ok((Batch { ids, windows }, first))
-    }
-
-    fn not_finite(&self, what: &'static str, value: f64, first: usize) -> Error {
-        let (place, last) = (self.training.place(first), self.store.last());
-        Error::NotFinite { step: self.step + 1, what, value, place, last }
-    }
-
-    /// Perplexity and skip rate on what is held out, if anything is.
-    fn evaluate(&self, decide: &Decide) -> Result<Option<Evaluation>, Error> {
-        let Some(windows) = &self.held_out else { return Ok(None) };
-        self.clock.set(None);
-        let (mut sum, mut count, mut keeps, mut decisions) = (0.0, 0, 0.0, 0);
-        for index in 0..windows.len() {
-            let batch = Batch { ids: windows.tokens(index)?, windows: 1 };
-            let (loss, (kept, of)) = self.network.evaluate(&batch, decide.clone())?;
-            sum += loss.sum;
-            count += loss.count;
-            keeps += kept;
-            decisions += of;
-        }
-        Ok(Some(Evaluation {
-            step: self.step,
-            perplexity: (sum / count.max(1) as f64).exp(),
-            skipped: (decisions > 0).then(|| 1.0 - keeps / decisions as f64),
-            windows: windows.len(),
-        }))
-    }
-}
-
-/// What the forward passes of a step gave together.
-#[derive(Default)]
-struct Sums {
-    loss: f64,
-    prediction: f64,
-    keep: Option<f64>,
-    gradients: Vec<Vec<f32>>,
-}
-
-impl Sums {
-    fn add(&mut self, pass: Pass) {
-        self.loss += pass.loss;
-        self.prediction += pass.prediction;
-        self.keep = pass.keep.map(|keep| keep + self.keep.unwrap_or_default());
-        if self.gradients.is_empty() {
-            self.gradients = pass.gradients;
-            return;
-        }
-        for (sums, gradients) in self.gradients.iter_mut().zip(&pass.gradients) {
-            sums.iter_mut().zip(gradients).for_each(|(sum, value)| *sum += value);
-        }
-    }
-
-    fn divide(&mut self, passes: f64) {
-        self.loss /= passes;
-        self.prediction /= passes;
-        self.keep = self.keep.map(|keep| keep / passes);
-        if passes > 1.0 {
-            let factor = (1.0 / passes) as f32;
-            self.gradients.iter_mut().flatten().for_each(|value| *value *= factor);
         }
     }
 }

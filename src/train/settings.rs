@@ -1,5 +1,6 @@
 //! What a run is told, and whether it makes sense.
 
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::optimizer;
@@ -31,17 +32,48 @@ pub struct Settings {
     pub accumulate: usize,
     /// Tokens of a window.
     pub window: usize,
+    /// Whether documents stay apart, each in windows of its own, and windows are padded.
+    #[serde(default)]
+    pub pad: bool,
     /// Of initial weights, noise and order.
     pub seed: u64,
     /// The learning rate.
     pub rate: Rate,
     /// The optimiser.
     pub optimizer: optimizer::Settings,
+    /// What the frozen base is kept in.
+    #[serde(default)]
+    pub base: Base,
     /// Whether the dense model's predictions are learned in place of the text.
     pub distill: bool,
     /// The share of the windows that is held out; `None` where a text of its own is evaluated, or
     /// none.
     pub hold_out: Option<f64>,
+}
+
+/// What the matrices of the frozen base are kept in. Products are `f32` in any case, and so are norms,
+/// routers, adapters and losses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Base {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded: half the memory.
+    F16,
+    /// Rounded, with the range of `f32`.
+    Bf16,
+}
+
+impl Base {
+    /// As candle calls it.
+    pub(super) const fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// The two stages.
@@ -66,6 +98,9 @@ pub struct Router {
     pub tau: Line,
     /// The initial bias towards keep; 0 is the published initialisation.
     pub keep_bias: f64,
+    /// The width of a hidden layer; `None` for routers of one layer.
+    #[serde(default)]
+    pub width: Option<usize>,
 }
 
 /// LoRA tuning.
@@ -177,6 +212,8 @@ impl Settings {
                 )?;
                 ensure(above(router.tau.from), "--tau-from", &router.tau.from, positive)?;
                 ensure(above(router.tau.to), "--tau-to", &router.tau.to, positive)?;
+                let width = router.width.unwrap_or(1);
+                ensure(width > 0, "--router-width", &width, "1 or more")?;
                 let bias = router.keep_bias;
                 ensure(bias.is_finite(), "--keep-bias", &bias, "a finite number")
             }

@@ -107,7 +107,7 @@ impl Store {
         let record = Record { version: VERSION, step, sha256: hash::of_bytes(&bytes).sha256 };
         let failed = |source| artifact::Error::io("create", &self.directory, source);
         fs::create_dir_all(&self.directory).map_err(failed)?;
-        let target = self.directory.join(format!("step-{step:06}"));
+        let target = self.place(step);
         let mut staging = Staging::begin_with(&target, false, self.open)?;
         staging.require(bytes.len() as u64)?;
         let record = serde_json::to_vec_pretty(&record)
@@ -118,6 +118,11 @@ impl Store {
         staging.commit()?;
         self.prune();
         Ok(target)
+    }
+
+    /// Where the checkpoint after `step` steps lies, if there is one.
+    pub(super) fn place(&self, step: u64) -> PathBuf {
+        self.directory.join(format!("step-{step:06}"))
     }
 
     /// Every checkpoint there is, first to last.

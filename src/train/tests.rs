@@ -1,7 +1,7 @@
 //! Gradients against PyTorch's, and steps that must agree with one another.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -9,7 +9,8 @@ use skipgpt_passes::ir::{ModuleId, ModuleKind};
 use skipgpt_passes::validate::validate;
 
 use super::attach;
-use super::network::{Batch, Network, Objective, Pass, Sampling};
+use super::batch::{Batch, Totals};
+use super::network::{Network, Objective, Sampling};
 use super::settings::{Lora, Router, Target};
 use crate::checkpoint::{self, Checkpoint};
 use crate::eval;
@@ -18,6 +19,7 @@ use crate::model::ops::Kernels;
 use crate::model::step::Decide;
 use crate::model::{Options, Parts, Reference};
 use crate::train::schedule::Line;
+use crate::world::Alone;
 
 /// Relative to the largest gradient of a tensor.
 const TOLERANCE: f32 = 1e-4;
@@ -36,7 +38,7 @@ pub(super) fn checkpoint(router: bool) -> Checkpoint {
     checkpoint::read(&request).unwrap()
 }
 
-fn parts(router: bool) -> Parts {
+pub(super) fn parts(router: bool) -> Parts {
     let checkpoint = checkpoint(router);
     let options = Options { kernels: Kernels::Differentiable, ..Options::default() };
     let model = validate(&checkpoint.model).unwrap();
@@ -45,7 +47,7 @@ fn parts(router: bool) -> Parts {
 
 pub(super) fn router_settings() -> Router {
     let line = |value| Line { from: value, to: value, share: 0.0 };
-    Router { skip: line(0.25), alpha: 8.0, tau: line(2.0), keep_bias: 0.0 }
+    Router { skip: line(0.25), alpha: 8.0, tau: line(2.0), keep_bias: 0.0, width: None }
 }
 
 fn lora_settings(dropout: f64) -> Lora {
@@ -53,23 +55,46 @@ fn lora_settings(dropout: f64) -> Lora {
     Lora { rank: 3, alpha: 6.0, dropout, targets }
 }
 
+/// What a forward and backward pass gave.
+pub(super) struct Pass {
+    pub(super) loss: f64,
+    pub(super) prediction: f64,
+    pub(super) keep: Option<f64>,
+    pub(super) gradients: Vec<Vec<f32>>,
+}
+
+/// A pass in one piece.
+pub(super) fn pass(network: &Network, batch: &Batch, objective: &Objective) -> Pass {
+    let (forward, sampling) =
+        (network.forward(batch, objective).unwrap(), objective.sampling.as_ref());
+    let totals = forward.totals;
+    let gradients = network.backward(forward, sampling, &totals).unwrap();
+    let (loss, prediction) = (totals.loss(sampling), totals.prediction());
+    Pass { loss, prediction, keep: totals.keep(), gradients }
+}
+
 /// What PyTorch computed.
-struct Expected(std::collections::HashMap<String, Tensor>);
+pub(super) struct Expected(HashMap<String, Tensor>);
 
 impl Expected {
-    fn read() -> Self {
+    pub(super) fn read() -> Self {
         let path = tiny().join("expected.safetensors");
         Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
     }
 
-    fn values(&self, name: &str) -> Vec<f32> {
+    pub(super) fn values(&self, name: &str) -> Vec<f32> {
         self.0[name].flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    fn batch(&self) -> Batch {
-        let ids = self.0["input_ids"].flatten_all().unwrap();
-        let ids = ids.to_vec1::<i32>().unwrap().into_iter().map(|id| id as u32).collect();
-        Batch { ids, windows: 2 }
+    pub(super) fn batch(&self) -> Batch {
+        let ids = self.ids();
+        let window = ids.len() / 2;
+        Batch::new(ids.chunks_exact(window).map(<[u32]>::to_vec).collect(), window)
+    }
+
+    fn ids(&self) -> Vec<u32> {
+        let ids = self.0["input_ids"].flatten_all().unwrap().to_vec1::<i32>().unwrap();
+        ids.into_iter().map(|id| id as u32).collect()
     }
 
     /// Keep's draw minus skip's, by module.
@@ -102,20 +127,24 @@ impl Expected {
 }
 
 #[track_caller]
-fn close(found: f64, expected: f32) {
+pub(super) fn close(found: f64, expected: f32) {
     assert!((found - f64::from(expected)).abs() < 1e-5 * found.abs(), "{found} {expected}");
 }
 
-fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Objective {
+pub(super) fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Objective {
     let sampling = Sampling { tau: 2.0, noise: expected.noise(), target: 0.75, alpha: 8.0 };
     Objective { sampling: Some(sampling), distill, recompute }
+}
+
+/// The fixture's routers, by name.
+pub(super) fn released() -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(tiny().join("router.safetensors"), &Device::Cpu).unwrap()
 }
 
 /// The fixture's routers in place of new ones.
 fn routers(expected: &Expected) -> Network {
     let network = attach::routers(parts(false), &router_settings(), 1).unwrap();
-    let released = candle_core::safetensors::load(tiny().join("router.safetensors"), &Device::Cpu);
-    let released = released.unwrap();
+    let released = released();
     assert_eq!(released.len(), network.parameters.len());
     for parameter in &network.parameters {
         parameter.var.set(&released[&parameter.name]).unwrap();
@@ -141,7 +170,7 @@ fn routers_have_the_gradients_of_pytorch() {
     let network = routers(&expected);
     for recompute in [false, true] {
         let objective = sampled(&expected, recompute, false);
-        let pass = network.gradients(&expected.batch(), &objective).unwrap();
+        let pass = pass(&network, &expected.batch(), &objective);
         close(pass.loss, expected.values("router.loss")[0]);
         close(pass.prediction, expected.values("router.prediction")[0]);
         close(pass.keep.unwrap(), expected.values("router.keep")[0]);
@@ -155,7 +184,7 @@ fn adapters_have_the_gradients_of_pytorch() {
     let network = adapter(&expected);
     for recompute in [false, true] {
         let objective = Objective { sampling: None, distill: false, recompute };
-        let pass = network.gradients(&expected.batch(), &objective).unwrap();
+        let pass = pass(&network, &expected.batch(), &objective);
         close(pass.prediction, expected.values("lora.prediction")[0]);
         close(pass.keep.unwrap(), expected.values("lora.keep")[0]);
         expected.check_gradients("lora", &network, &pass);
@@ -167,14 +196,15 @@ fn adapters_have_the_gradients_of_pytorch() {
 fn distillation_is_the_distance_to_the_dense_model() {
     let expected = Expected::read();
     let network = routers(&expected);
-    let pass = network.gradients(&expected.batch(), &sampled(&expected, false, true)).unwrap();
-    assert!(pass.prediction > 0.01, "{}", pass.prediction);
+    let distilled = || pass(&network, &expected.batch(), &sampled(&expected, false, true));
+    let first = distilled();
+    assert!(first.prediction > 0.01, "{}", first.prediction);
     for parameter in &network.parameters {
         let bias = parameter.name.ends_with("bias");
         let values = if bias { vec![100.0, -100.0] } else { vec![0.0; parameter.len()] };
         parameter.set(values).unwrap();
     }
-    let pass = network.gradients(&expected.batch(), &sampled(&expected, false, true)).unwrap();
+    let pass = distilled();
     assert!(pass.prediction.abs() < 1e-5, "{}", pass.prediction);
     assert_eq!(pass.keep, Some(1.0));
 }
@@ -191,10 +221,10 @@ fn recomputation_changes_nothing_under_dropout() {
     }
     let gradients = |recompute| {
         let objective = Objective { sampling: None, distill: false, recompute };
-        network.gradients(&expected.batch(), &objective).unwrap().gradients
+        pass(&network, &expected.batch(), &objective).gradients
     };
     let without = gradients(false);
-    clock.set(Some(3));
+    clock.set(Some((3, 0)));
     assert_eq!(gradients(false), gradients(true));
     assert_ne!(gradients(false), without);
 }
@@ -210,8 +240,81 @@ fn evaluations_agree_with_eval() {
     let model = validate(&checkpoint.model).unwrap();
     let mut reference = Reference::load(model, &checkpoint.sources).unwrap();
     let options = eval::Options { window: 70, stride: None, limit: None };
-    let report = eval::perplexity(&mut reference, &batch.ids, options, |_| ()).unwrap();
+    let report =
+        eval::perplexity(&mut reference, &expected.ids(), options, &Alone, |_| ()).unwrap();
     assert!((loss.mean() - report.nll).abs() < 1e-5, "{} {}", loss.mean(), report.nll);
     let skipped = 1.0 - keeps / decisions as f64;
     assert!((skipped - report.skipped.unwrap().all.unwrap()).abs() < 1e-9);
+}
+
+/// The rows of `noise` from `first` on.
+fn part(
+    noise: &BTreeMap<ModuleId, Tensor>,
+    first: usize,
+    count: usize,
+) -> BTreeMap<ModuleId, Tensor> {
+    let part = |one: &Tensor| one.narrow(0, first, count).unwrap().contiguous().unwrap();
+    noise.iter().map(|(id, one)| (*id, part(one))).collect()
+}
+
+#[track_caller]
+fn alike(found: &[Vec<f32>], expected: &[Vec<f32>]) {
+    for (found, expected) in found.iter().zip(expected) {
+        let highest = expected.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() <= TOLERANCE * highest, "{found} {expected}");
+        }
+    }
+}
+
+/// Windows of different lengths in one padded batch, against each by itself: losses, keep rates, and
+/// gradients of the whole.
+#[test]
+fn padding_changes_nothing() {
+    let expected = Expected::read();
+    let (window, lengths) = (35, [35, 12, 1, 20]);
+    let ids = expected.ids();
+    let windows: Vec<Vec<u32>> =
+        lengths.iter().enumerate().map(|(at, length)| ids[at * 9..][..*length].to_vec()).collect();
+    let (router, lora) = (routers(&expected), adapter(&expected));
+    let noise = router.noise(3, 5, 0..lengths.len() * window).unwrap();
+    for distill in [false, true] {
+        for network in [&router, &lora] {
+            let sampled = network.parameters.iter().any(|one| one.name.contains("router"));
+            let objective = |noise: BTreeMap<ModuleId, Tensor>| Objective {
+                sampling: sampled.then_some(Sampling { tau: 2.0, noise, target: 0.2, alpha: 8.0 }),
+                distill,
+                recompute: false,
+            };
+            let whole = objective(noise.clone());
+            let batch = Batch::new(windows.clone(), window);
+            let padded = pass(network, &batch, &whole);
+            let alone = |at: usize| {
+                let batch = Batch::new(vec![windows[at].clone()], lengths[at]);
+                let objective = objective(part(&noise, at * window, lengths[at]));
+                (network.forward(&batch, &objective).unwrap(), objective)
+            };
+            let parts: Vec<_> = (0..lengths.len()).map(alone).collect();
+            let mut totals = Totals::default();
+            for (forward, _) in &parts {
+                let sums = totals.0.iter_mut().zip(forward.totals.0);
+                sums.for_each(|(sum, value)| *sum += value);
+            }
+            assert!((padded.prediction - totals.prediction()).abs() < 1e-5);
+            assert!((padded.keep.unwrap() - totals.keep().unwrap()).abs() < 1e-12);
+            let mut sums: Vec<Vec<f32>> = Vec::new();
+            for (forward, objective) in parts {
+                let sampling = objective.sampling.as_ref();
+                let gradients = network.backward(forward, sampling, &totals).unwrap();
+                if sums.is_empty() {
+                    sums = gradients;
+                } else {
+                    let each = sums.iter_mut().flatten().zip(gradients.iter().flatten());
+                    each.for_each(|(sum, value)| *sum += value);
+                }
+            }
+            alike(&padded.gradients, &sums);
+            assert!(padded.gradients.iter().flatten().any(|value| *value != 0.0));
+        }
+    }
 }

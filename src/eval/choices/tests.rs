@@ -9,6 +9,7 @@ use super::score;
 use super::task::{Choice, Item};
 use super::*;
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Routing};
+use crate::world::{Alone, threads};
 
 const VOCAB: usize = 128;
 
@@ -245,17 +246,23 @@ fn tasks() -> Vec<Task> {
 }
 
 fn run(options: &Options) -> Choices {
-    measure(&mut History::default(), &tasks(), options, &encode, |_| {}).unwrap()
+    measure(&mut History::default(), &tasks(), options, &encode, &Alone, |_| {}).unwrap()
 }
 
 #[test]
 fn tasks_are_measured_and_averaged() {
     let mut seen = Vec::new();
-    let found =
-        measure(&mut History::default(), &tasks(), &Options::default(), &encode, |progress| {
+    let found = measure(
+        &mut History::default(),
+        &tasks(),
+        &Options::default(),
+        &encode,
+        &Alone,
+        |progress| {
             seen.push((progress.task.to_owned(), progress.done, progress.items));
-        })
-        .unwrap();
+        },
+    )
+    .unwrap();
     assert_eq!((seen.len(), &seen[0]), (45, &("small".to_owned(), 1, 45)));
     assert_eq!(seen[44], ("large".to_owned(), 45, 45));
     assert_eq!(found.tasks.iter().map(|task| task.items.len()).collect::<Vec<_>>(), [5, 40]);
@@ -361,7 +368,7 @@ fn results_on_other_items_are_not_compared() {
 
 #[track_caller]
 fn refused(decoder: &mut History, tasks: &[Task], options: &Options, expected: &str) {
-    let error = measure(decoder, tasks, options, &encode, |_| {}).unwrap_err();
+    let error = measure(decoder, tasks, options, &encode, &Alone, |_| {}).unwrap_err();
     assert_eq!(error.to_string(), expected);
 }
 
@@ -419,6 +426,17 @@ fn a_continuation_needs_a_token_of_its_own() {
     let tasks = [task("t", vec![item(2, &[("qqq", "ab"), ("qqq", "a")], 0)])];
     let options =
         Options { separators: [("t".to_owned(), String::new())].into(), ..Options::default() };
-    let error = measure(&mut History::default(), &tasks, &options, &encode, |_| {}).unwrap_err();
+    let error =
+        measure(&mut History::default(), &tasks, &options, &encode, &Alone, |_| {}).unwrap_err();
     assert_eq!(error.to_string(), "t, line 2, choice 1: the continuation has no token of its own");
+}
+
+#[test]
+fn ranks_that_share_the_items_find_what_one_finds() {
+    let run = |world: &dyn World| {
+        let options = Options { limit: Some(20), seed: 3, ..Options::default() };
+        measure(&mut History::default(), &tasks(), &options, &encode, world, |_| {}).unwrap()
+    };
+    let alone = run(&Alone);
+    assert_eq!(threads::run(3, |world| run(world)), vec![alone; 3]);
 }

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::values::{hold, live, matrix, slice, tensor};
+use super::values::{hold, live, matrix, slice, tensor, widened};
 use crate::model::gemm::{Matrix, Threads, multiply};
 
 struct FrozenLinear {
@@ -29,7 +29,8 @@ impl CustomOp1 for FrozenLinear {
         let (outer, inner) = self.weight.dims2()?;
         let rows = matrix(layout.shape()).0;
         let mut y = vec![0.0; rows * outer];
-        let weight = hold(&self.weight)?;
+        let weight = widened(&self.weight)?;
+        let weight = hold(&weight)?;
         let (a, b) = (Matrix::new(x, rows, inner)?, Matrix::new(&weight, outer, inner)?);
         multiply(&mut y, false, a, b.t(), Threads::All)?;
         if let Some(bias) = &self.bias {
@@ -46,7 +47,8 @@ impl CustomOp1 for FrozenLinear {
         let gradient = hold(&gradient)?;
         let (outer, inner) = self.weight.dims2()?;
         let rows = matrix(x.shape()).0;
-        let weight = hold(&self.weight)?;
+        let weight = widened(&self.weight)?;
+        let weight = hold(&weight)?;
         let weight = Matrix::new(&weight, outer, inner)?;
         let kept: Vec<usize> = (0..rows)
             .into_par_iter()

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::attention::{Attention, Causal};
-use super::values::{hold, live, matrix, slice, tensor};
+use super::values::{hold, live, matrix, slice, tensor, widened};
 use super::{norm, swiglu};
 use crate::model::gemm::{Matrix, Threads, multiply};
 
@@ -29,7 +29,8 @@ impl Frozen {
         let (outer, inner) = self.weight.dims2()?;
         let rows = x.len() / inner;
         let mut y = vec![0.0; rows * outer];
-        let weight = hold(&self.weight)?;
+        let weight = widened(&self.weight)?;
+        let weight = hold(&weight)?;
         let weight = Matrix::new(&weight, outer, inner)?;
         multiply(&mut y, false, Matrix::new(x, rows, inner)?, weight.t(), Threads::All)?;
         if let Some(bias) = &self.bias {
@@ -44,7 +45,8 @@ impl Frozen {
     /// `d · W`, or that added to `out`.
     fn backward(&self, d: &[f32], out: &mut [f32], accumulate: bool) -> Result<()> {
         let (outer, inner) = self.weight.dims2()?;
-        let weight = hold(&self.weight)?;
+        let weight = widened(&self.weight)?;
+        let weight = hold(&weight)?;
         let weight = Matrix::new(&weight, outer, inner)?;
         let d = Matrix::new(d, d.len() / outer, outer)?;
         multiply(out, accumulate, d, weight, Threads::All)

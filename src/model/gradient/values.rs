@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// A tensor's values, borrowed from its storage.
 pub(crate) struct Held<'a> {
@@ -34,6 +34,11 @@ impl Deref for Held<'_> {
             _ => &[],
         }
     }
+}
+
+/// A frozen matrix as products take it: itself, or a copy in `f32` of one that is kept in half precision.
+pub(crate) fn widened(matrix: &Tensor) -> Result<Tensor> {
+    matrix.to_dtype(DType::F32)
 }
 
 /// The values an operation's forward is given.

@@ -4,8 +4,8 @@
 //! magic (8) | key (64, hexadecimal) | tokens (8) | places (8) | ids, 4 bytes each | places, 16 bytes each
 //! ```
 //!
-//! All numbers are little-endian. A place says at which byte of the text a token begins, for every
-//! [`EVERY`]th token and the first of every document. Like every other input the file is read with
+//! All numbers are little-endian. A place says at which byte of the text (or row of the table) a token begins, for every
+//! [`EVERY`]th token and the first of every document; that of a document's first has [`DOCUMENT`] set. Like every other input the file is read with
 //! positioned reads, a window at a time.
 
 use std::fs::{self, File};
@@ -15,12 +15,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::read::Text;
-use super::{Error, Place, Tokenisation};
+use super::{Error, FIELD, Place, Tokenisation};
 use crate::artifact::hash;
 
-const MAGIC: &[u8; 8] = b"SKIPTOK1";
+const MAGIC: &[u8; 8] = b"SKIPTOK2";
 const KEY: usize = 64;
 const HEADER: usize = 8 + KEY + 16;
+/// The bit of a token's number that says that a document begins with it.
+const DOCUMENT: u64 = 1 << 63;
 /// Tokens from one recorded place to the next.
 const EVERY: u64 = 128;
 
@@ -28,12 +30,16 @@ const EVERY: u64 = 128;
 #[derive(Debug)]
 pub(super) struct Tokens {
     text: PathBuf,
+    /// Whether places are rows of the text.
+    rows: bool,
     path: PathBuf,
     file: File,
     key: String,
     count: u64,
     /// (token, byte), in order.
     places: Vec<(u64, u64)>,
+    /// Which of them documents begin at.
+    documents: Vec<usize>,
 }
 
 impl Tokens {
@@ -47,7 +53,11 @@ impl Tokens {
         let Some(content) = hash::of_file(&text.path, &mut |_| advance(0).is_continue())? else {
             return Err(Error::Interrupted);
         };
-        let key = hash::of_bytes(format!("{} {tokenizer}", content.sha256).as_bytes()).sha256;
+        let mut identity = format!("{} {tokenizer}", content.sha256);
+        if let Some(field) = text.field().filter(|field| *field != FIELD) {
+            identity = format!("{identity} {field}");
+        }
+        let key = hash::of_bytes(identity.as_bytes()).sha256;
         let path = how.cache.join(format!("{}.tokens", &key[..16]));
         if let Some(tokens) = Self::read_back(text, &path, &key)? {
             return Ok(tokens);
@@ -96,7 +106,7 @@ impl Tokens {
         }
         let mut bytes = vec![0; places as usize * 16];
         file.read_exact_at(&mut bytes, HEADER as u64 + count * 4).map_err(failed)?;
-        let places = bytes
+        let places: Vec<_> = bytes
             .as_chunks::<16>()
             .0
             .iter()
@@ -105,13 +115,18 @@ impl Tokens {
                 (both as u64, (both >> 64) as u64)
             })
             .collect();
+        let begins = |(token, _): &(u64, u64)| token & DOCUMENT != 0;
+        let documents = (0..places.len()).filter(|at| begins(&places[*at])).collect();
+        let places = places.into_iter().map(|(token, byte)| (token & !DOCUMENT, byte)).collect();
         Ok(Some(Self {
             text: text.path.clone(),
+            rows: text.has_rows(),
             path: path.to_owned(),
             file,
             key: key.to_owned(),
             count,
             places,
+            documents,
         }))
     }
 
@@ -144,11 +159,16 @@ impl Tokens {
         Ok(())
     }
 
+    /// The first token of every document, in order.
+    pub(super) fn documents(&self) -> impl Iterator<Item = u64> {
+        self.documents.iter().map(|at| self.places[*at].0)
+    }
+
     /// Where token `token` stands in the text.
     pub(super) fn place(&self, token: u64) -> Place {
         let at = self.places.partition_point(|(first, _)| *first <= token).saturating_sub(1);
         let offset = self.places.get(at).map_or(0, |(_, byte)| *byte);
-        Place { path: self.text.clone(), offset }
+        Place { path: self.text.clone(), offset, rows: self.rows }
     }
 }
 
@@ -174,7 +194,8 @@ fn write(
         for (id, byte) in tokens {
             if begins || count.is_multiple_of(EVERY) {
                 let byte = if piece.plain { byte as u64 } else { 0 };
-                places.push((count, piece.offset + byte));
+                let mark = if begins { DOCUMENT } else { 0 };
+                places.push((count | mark, piece.offset + byte));
             }
             begins = false;
             output.write_all(&id.to_le_bytes()).map_err(failed)?;
@@ -187,7 +208,7 @@ fn write(
             }
             begins = true;
         }
-        match advance(piece.offset) {
+        match advance(piece.done) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Interrupted),
         }

@@ -17,6 +17,8 @@ const PIECE: usize = 1 << 20;
 pub(super) struct Text {
     pub(super) path: PathBuf,
     pub(super) size: u64,
+    /// Which of a document's fields holds the text; of plain text, nothing.
+    field: String,
     kind: Kind,
 }
 
@@ -24,14 +26,23 @@ pub(super) struct Text {
 enum Kind {
     Plain,
     Jsonl,
+    #[cfg(feature = "parquet")]
+    Parquet,
 }
+
+#[cfg(feature = "parquet")]
+const PARQUET: Option<Kind> = Some(Kind::Parquet);
+#[cfg(not(feature = "parquet"))]
+const PARQUET: Option<Kind> = None;
 
 /// A piece of a document.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) text: String,
-    /// Where it begins in the file: the text itself, or the line of JSONL.
+    /// Where it begins in the file: the text itself, or the line of JSONL; of a table, the row.
     pub(super) offset: u64,
+    /// Bytes of the file before it, about.
+    pub(super) done: u64,
     /// Whether bytes of the text are bytes of the file.
     pub(super) plain: bool,
     /// Whether the document ends with it.
@@ -39,23 +50,25 @@ pub(super) struct Piece {
 }
 
 /// The files named and those in the directories named, each directory's in order of their paths.
-pub(super) fn collect(paths: &[PathBuf]) -> Result<Vec<Text>, Error> {
+///
+/// `field` is the one that holds the text, where a document has fields.
+pub(super) fn collect(paths: &[PathBuf], field: &str) -> Result<Vec<Text>, Error> {
     let mut texts = Vec::new();
     for path in paths {
         let before = texts.len();
         if path.is_dir() {
-            walk(path, &mut texts)?;
+            walk(path, field, &mut texts)?;
             if texts.len() == before {
                 return Err(Error::NoFiles { path: path.clone() });
             }
         } else {
-            texts.push(text(path)?);
+            texts.push(text(path, field)?);
         }
     }
     Ok(texts)
 }
 
-fn walk(directory: &Path, texts: &mut Vec<Text>) -> Result<(), Error> {
+fn walk(directory: &Path, field: &str, texts: &mut Vec<Text>) -> Result<(), Error> {
     let failed = |source| Error::Io { path: directory.to_owned(), action: "list", source };
     let entries = fs::read_dir(directory).map_err(failed)?;
     let mut paths = entries
@@ -66,9 +79,9 @@ fn walk(directory: &Path, texts: &mut Vec<Text>) -> Result<(), Error> {
     for path in paths {
         let extension = extension(&path);
         if path.is_dir() {
-            walk(&path, texts)?;
+            walk(&path, field, texts)?;
         } else if matches!(extension.as_str(), "txt" | "md" | "jsonl" | "parquet") {
-            texts.push(text(&path)?);
+            texts.push(text(&path, field)?);
         }
     }
     Ok(())
@@ -78,25 +91,55 @@ fn extension(path: &Path) -> String {
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }
 
-fn text(path: &Path) -> Result<Text, Error> {
+fn text(path: &Path, field: &str) -> Result<Text, Error> {
     let kind = match extension(path).as_str() {
         "jsonl" => Kind::Jsonl,
-        kind @ ("parquet" | "json" | "gz" | "zst" | "zip" | "arrow") => {
+        "parquet" => PARQUET.ok_or_else(|| Error::NotBuilt { path: path.to_owned() })?,
+        kind @ ("json" | "gz" | "zst" | "zip" | "arrow") => {
             return Err(Error::Kind { path: path.to_owned(), kind: format!(".{kind}") });
         }
         _ => Kind::Plain,
     };
     let failed = |source| Error::Io { path: path.to_owned(), action: "read", source };
     let size = fs::metadata(path).map_err(failed)?.len();
-    Ok(Text { path: path.to_owned(), size, kind })
+    Ok(Text { path: path.to_owned(), size, field: field.to_owned(), kind })
 }
 
 impl Text {
+    /// Which field its text is in, where that is a choice.
+    pub(super) fn field(&self) -> Option<&str> {
+        (self.kind != Kind::Plain).then_some(&self.field)
+    }
+
+    /// Whether places in it are rows and not bytes.
+    pub(super) fn has_rows(&self) -> bool {
+        !matches!(self.kind, Kind::Plain | Kind::Jsonl)
+    }
+
     /// Gives the documents' pieces, in order.
-    pub(super) fn pieces(
-        &self,
-        mut each: impl FnMut(Piece) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    pub(super) fn pieces(&self, each: impl FnMut(Piece) -> Result<(), Error>) -> Result<(), Error> {
+        match self.kind {
+            Kind::Plain | Kind::Jsonl => self.lines(each),
+            #[cfg(feature = "parquet")]
+            Kind::Parquet => self.rows(each),
+        }
+    }
+
+    #[cfg(feature = "parquet")]
+    fn rows(&self, mut each: impl FnMut(Piece) -> Result<(), Error>) -> Result<(), Error> {
+        let mut empty = true;
+        super::parquet::rows(&self.path, &self.field, |row| {
+            if row.text.is_empty() {
+                return Ok(());
+            }
+            empty = false;
+            let done = (self.size as f64 * row.number as f64 / row.rows.max(1) as f64) as u64;
+            each(Piece { text: row.text, offset: row.number, done, plain: false, last: true })
+        })?;
+        if empty { Err(Error::Empty { path: self.path.clone() }) } else { Ok(()) }
+    }
+
+    fn lines(&self, mut each: impl FnMut(Piece) -> Result<(), Error>) -> Result<(), Error> {
         let failed = |source| Error::Io { path: self.path.clone(), action: "read", source };
         let mut lines = BufReader::with_capacity(1 << 18, File::open(&self.path).map_err(failed)?);
         let (mut offset, mut number, mut bytes) = (0, 0, Vec::new());
@@ -132,22 +175,29 @@ impl Text {
             offset: offset + error.utf8_error().valid_up_to() as u64,
         })?;
         if self.kind == Kind::Plain {
-            let piece = Piece { text, offset, plain: true, last: false };
+            let piece = Piece { text, offset, done: offset, plain: true, last: false };
             return Ok(Some(piece).filter(|piece| !piece.text.is_empty()));
         }
         if text.trim().is_empty() {
             return Ok(None);
         }
-        let wrong = |found: String| Error::Line { path: self.path.clone(), line, found };
+        let field = &self.field;
+        let wrong = |found: String| Error::Line {
+            path: self.path.clone(),
+            line,
+            found,
+            field: field.clone(),
+        };
         let value: Value =
             serde_json::from_str(&text).map_err(|error| wrong(format!("not JSON ({error})")))?;
-        match value.get("text") {
+        match value.get(field) {
             Some(Value::String(text)) => {
-                let piece = Piece { text: text.clone(), offset, plain: false, last: true };
+                let text = text.clone();
+                let piece = Piece { text, offset, done: offset, plain: false, last: true };
                 Ok(Some(piece).filter(|piece| !piece.text.is_empty()))
             }
-            Some(_) => Err(wrong("\"text\" is not a string".to_owned())),
-            None => Err(wrong("there is no \"text\"".to_owned())),
+            Some(_) => Err(wrong(format!("\"{field}\" is not a string"))),
+            None => Err(wrong(format!("there is no \"{field}\""))),
         }
     }
 }

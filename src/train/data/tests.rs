@@ -28,6 +28,10 @@ impl Files {
     }
 
     fn open(&self, names: &[&str]) -> Result<Corpus, Error> {
+        self.open_field(names, FIELD)
+    }
+
+    fn open_field(&self, names: &[&str], field: &str) -> Result<Corpus, Error> {
         let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
         let (model, cache) = (tiny(), self.path("cache"));
         let how = Tokenisation {
@@ -35,6 +39,7 @@ impl Files {
             directory: &model,
             vocab: 264,
             cache: &cache,
+            field,
         };
         Corpus::open(&paths, how, &mut |_| ControlFlow::Continue(()))
     }
@@ -66,8 +71,8 @@ fn files_lines_and_directories_become_one_text() {
     ]);
     let corpus = files.open(&["a.txt", "b.jsonl", "more"]).unwrap();
     assert_eq!(files.text(&corpus), "one\ntwo|three|four|five|six|");
-    assert_eq!(corpus.place(0), Place { path: files.path("a.txt"), offset: 0 });
-    assert_eq!(corpus.place(15), Place { path: files.path("b.jsonl"), offset: 32 });
+    assert_eq!(corpus.place(0), Place { path: files.path("a.txt"), offset: 0, rows: false });
+    assert_eq!(corpus.place(15), Place { path: files.path("b.jsonl"), offset: 32, rows: false });
     assert_eq!(corpus.place(25).path, files.path("more/d.txt"));
 }
 
@@ -119,9 +124,9 @@ fn a_damaged_cache_gives_no_token_the_model_lacks() {
 fn windows_cover_the_text_and_the_last_are_held_out() {
     let files = Files::new(&[("a.txt", "abcdefghij"), ("b.txt", "klmnopqrstu")]);
     let corpus = files.open(&["a.txt", "b.txt"]).unwrap();
-    let windows = Windows::new(&corpus, 4, 1).unwrap();
+    let windows = Windows::new(&corpus, 4, Cut::Packed, 1).unwrap();
     assert_eq!(windows.len(), 5);
-    let (training, held_out) = windows.hold_out(0.2).unwrap();
+    let (training, held_out) = windows.clone().hold_out(0.2).unwrap();
     assert_eq!((training.len(), held_out.len()), (4, 1));
     let text = |windows: &Windows<'_>, index| {
         let ids: Vec<i64> = windows.tokens(index).unwrap().into_iter().map(i64::from).collect();
@@ -130,8 +135,35 @@ fn windows_cover_the_text_and_the_last_are_held_out() {
     assert_eq!(text(&training, 0), "abcd");
     assert_eq!(text(&training, 2), "ij".to_owned() + "k");
     assert_eq!(text(&held_out, 0), "pqrs");
-    assert_eq!(training.place(3), Place { path: files.path("b.txt"), offset: 0 });
+    assert_eq!(training.place(3), Place { path: files.path("b.txt"), offset: 0, rows: false });
     assert!(windows.hold_out(0.95).is_err());
+}
+
+#[test]
+fn documents_can_stay_apart() {
+    let files = Files::new(&[
+        ("a.jsonl", "{\"text\": \"abcdefghi\"}\n{\"text\": \"jkl\"}\n{\"text\": \"m\"}\n"),
+        ("b.txt", &"0123456789".repeat(30)),
+    ]);
+    let corpus = files.open(&["a.jsonl", "b.txt"]).unwrap();
+    let windows = Windows::new(&corpus, 4, Cut::Apart, 1).unwrap();
+    let text = |index| {
+        let tokens = windows.tokens(index).unwrap();
+        assert_eq!(tokens.len(), windows.length(index));
+        let decode = |id: u32| match id {
+            256 => "|".to_owned(),
+            id => files.tokenizer.decode(&[i64::from(id)]).unwrap(),
+        };
+        tokens.into_iter().map(decode).collect::<String>()
+    };
+    let first: Vec<_> = (0..6).map(text).collect();
+    assert_eq!(first, ["abcd", "efgh", "i|", "jkl|", "m|", "0123"]);
+    // Recorded places within a document begin none; the one token that is left is no window.
+    assert_eq!(windows.len(), 5 + 75);
+    assert_eq!(text(79), "6789");
+    assert_eq!(windows.place(3).offset, 22);
+    let (training, held_out) = windows.clone().hold_out(0.5).unwrap();
+    assert_eq!((training.len(), held_out.len(), held_out.length(39)), (40, 40, 4));
 }
 
 #[test]
@@ -156,7 +188,7 @@ fn what_is_no_text_is_refused_by_name() {
         ("blank.jsonl", "\n\n"),
         ("bad.jsonl", "{\"text\": \"fine\"}\n{\"text\": 3}\n"),
         ("other.jsonl", "{\"txt\": \"fine\"}\n"),
-        ("table.parquet", "PAR1"),
+        ("table.json", "{}"),
         ("none/picture.png", ""),
     ]);
     fs::write(files.path("binary.txt"), b"abc\xff\xfe").unwrap();
@@ -172,17 +204,19 @@ fn what_is_no_text_is_refused_by_name() {
             "other.jsonl: line 1: there is no \"text\"; expected an object with a string \"text\"",
         ),
         (
-            "table.parquet",
-            "table.parquet: .parquet files are not read; give plain text, or JSONL with a \"text\" field",
+            "table.json",
+            "table.json: .json files are not read; give plain text, or JSONL with a \"text\" field",
         ),
-        ("none", "none: holds no .txt, .md or .jsonl file"),
+        ("none", "none: holds no .txt, .md, .jsonl or .parquet file"),
         ("binary.txt", "binary.txt: is not UTF-8 text: the bytes from 3 on are not"),
         ("missing.txt", "missing.txt: cannot read: No such file or directory (os error 2)"),
     ] {
         assert_eq!(files.message(&[name]), message);
     }
     let corpus = Files::new(&[("a.txt", "short")]);
-    let error = Windows::new(&corpus.open(&["a.txt"]).unwrap(), 32, 1).unwrap_err().to_string();
+    let error = Windows::new(&corpus.open(&["a.txt"]).unwrap(), 32, Cut::Packed, 1)
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "the text has 6 tokens, 0 windows of 32; 1 are needed");
 }
 
@@ -192,8 +226,8 @@ fn a_tokenizer_of_another_model_is_refused() {
     let model = tiny();
     for vocab in [100, 1000] {
         let cache = files.path("cache");
-        let how =
-            Tokenisation { tokenizer: &files.tokenizer, directory: &model, vocab, cache: &cache };
+        let tokenizer = &files.tokenizer;
+        let how = Tokenisation { tokenizer, directory: &model, vocab, cache: &cache, field: FIELD };
         let paths = [files.path("a.txt")];
         let error = Corpus::open(&paths, how, &mut |_| ControlFlow::Continue(())).unwrap_err();
         let path = model.join("tokenizer.json");
@@ -204,5 +238,97 @@ fn a_tokenizer_of_another_model_is_refused() {
                 path.display()
             )
         );
+    }
+}
+
+#[test]
+fn the_field_can_be_named() {
+    let files =
+        Files::new(&[("a.jsonl", "{\"text\": \"one\", \"body\": \"two\"}\n"), ("b.txt", "three")]);
+    let usual = files.open(&["a.jsonl", "b.txt"]).unwrap();
+    let named = files.open_field(&["a.jsonl", "b.txt"], "body").unwrap();
+    assert_eq!(files.text(&usual), "one|three|");
+    assert_eq!(files.text(&named), "two|three|");
+    // Another field is another text of the same file; a plain text has no fields.
+    let (usual, named) = (usual.keys(), named.keys());
+    assert!(usual[0] != named[0] && usual[1] == named[1]);
+    let error = files.open_field(&["a.jsonl"], "none").unwrap_err().to_string();
+    assert!(
+        error.ends_with("there is no \"none\"; expected an object with a string \"none\""),
+        "{error}"
+    );
+}
+
+#[cfg(not(feature = "parquet"))]
+#[test]
+fn tables_are_refused_by_a_build_that_does_not_read_them() {
+    let files = Files::new(&[("more/table.parquet", "PAR1")]);
+    for name in ["more", "more/table.parquet"] {
+        assert_eq!(
+            files.message(&[name]),
+            "more/table.parquet: this build does not read Parquet; build it with --features parquet, or give plain text or JSONL"
+        );
+    }
+}
+
+#[cfg(feature = "parquet")]
+mod tables {
+    use super::*;
+    use crate::train::data::parquet::testing::write;
+    use ::parquet::basic::{Compression, ZstdLevel};
+
+    #[test]
+    fn rows_of_every_group_become_documents() {
+        let files = Files::new(&[("a.txt", "zero")]);
+        let zstd = Compression::ZSTD(ZstdLevel::try_new(3).unwrap());
+        for (name, compression) in
+            [("plain", Compression::UNCOMPRESSED), ("snappy", Compression::SNAPPY), ("zstd", zstd)]
+        {
+            fs::create_dir_all(files.path(name)).unwrap();
+            let path = format!("{name}/table.parquet");
+            let groups = [&[Some("one"), None, Some("")][..], &[Some("two"), Some("three")]];
+            write(&files.path(&path), "text", &groups, compression);
+            let corpus = files.open(&["a.txt", name]).unwrap();
+            assert_eq!(files.text(&corpus), "zero|one|two|three|", "{name}");
+            let place = corpus.place(13);
+            assert_eq!(place, Place { path: files.path(&path), offset: 4, rows: true });
+            assert!(place.to_string().ends_with("table.parquet from row 4 on"));
+        }
+    }
+
+    #[test]
+    fn the_column_can_be_named_and_must_hold_text() {
+        let files = Files::new(&[]);
+        write(&files.path("a.parquet"), "body", &[&[Some("one")]], Compression::SNAPPY);
+        let corpus = files.open_field(&["a.parquet"], "body").unwrap();
+        assert_eq!(files.text(&corpus), "one|");
+        assert_eq!(
+            files.message(&["a.parquet"]),
+            "a.parquet: has no column text; its columns are id, body; name one with --text-field"
+        );
+        let error = files.open_field(&["a.parquet"], "id").unwrap_err().to_string();
+        assert!(error.ends_with("cannot be read as Parquet: column id holds no text"), "{error}");
+    }
+
+    #[test]
+    fn damaged_and_empty_tables_are_refused() {
+        let files = Files::new(&[("no.parquet", "PAR1"), ("text.parquet", &"words ".repeat(20))]);
+        for name in ["no.parquet", "text.parquet"] {
+            let message = files.message(&[name]);
+            assert!(
+                message.starts_with(&format!("{name}: cannot be read as Parquet: ")),
+                "{message}"
+            );
+        }
+        write(&files.path("empty.parquet"), "text", &[&[None, Some("")]], Compression::SNAPPY);
+        assert_eq!(files.message(&["empty.parquet"]), "empty.parquet: holds no text");
+        // Cut short, and with bytes turned over in the middle.
+        let good = files.path("good.parquet");
+        let long = "a long text ".repeat(200);
+        write(&good, "text", &[&[Some(&long)]], Compression::SNAPPY);
+        let bytes = fs::read(&good).unwrap();
+        fs::write(files.path("short.parquet"), &bytes[..bytes.len() / 2]).unwrap();
+        let message = files.message(&["short.parquet"]);
+        assert!(message.starts_with("short.parquet: cannot be read as Parquet: "), "{message}");
     }
 }
