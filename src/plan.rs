@@ -49,7 +49,7 @@ pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Re
         fuse_gate_up: false,
         quantization,
         attention_dispatch: dispatch.unwrap_or(Dispatch::Conditional),
-        mlp_dispatch: dispatch.unwrap_or(Dispatch::Gathered),
+        mlp_dispatch: dispatch.unwrap_or(Dispatch::Conditional),
     };
     if let Some(profile) = profile {
         let selection = profile.plan(config, prune_below, always_above)?;

@@ -82,7 +82,7 @@ enum FormatArgument {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DispatchArgument {
-    /// Attention conditional, MLP gathered: the fastest measured
+    /// Conditional: the fastest measured
     Auto,
     /// Everything is computed and multiplied by the decision
     Masked,

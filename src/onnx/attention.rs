@@ -136,17 +136,19 @@ impl Context<'_> {
         dispatch::if_any(b, decision, &output, width, x, then)
     }
 
-    /// One token or several.
+    /// One token that is kept, which is told at once; else one that is not, or several.
     fn conditional(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
         let outputs = self.outputs(&format!("{}.output", self.name));
         let rows = (Dim::Symbolic("tokens"), self.config.hidden_size);
-        let one = |b: &mut Builder| {
-            let run = |b: &mut Builder| self.one_kept(b, x, normed);
+        let otherwise = |b: &mut Builder| {
             let skip = |b: &mut Builder| self.one_skipped(b, x, normed);
-            self.branch(b, &self.inner("one"), rows, decision.any(), run, skip)
+            let several =
+                |b: &mut Builder| self.several(b, decision, x, normed, self.inner("several"));
+            let one = &self.shared.one_token;
+            self.branch(b, &self.inner("otherwise"), rows, one, skip, several)
         };
-        let several = |b: &mut Builder| self.several(b, decision, x, normed, self.inner("several"));
-        let [output, ..] = self.branch(b, &outputs, rows, &self.shared.one_token, one, several);
+        let run = |b: &mut Builder| self.one_kept(b, x, normed);
+        let [output, ..] = self.branch(b, &outputs, rows, decision.any(), run, otherwise);
         output
     }
 
@@ -200,7 +202,8 @@ impl Context<'_> {
                 let skip = |b: &mut Builder| [b.op(&format!("{place}.none"), "Identity", &[&q])];
                 let [shape, ..] = self.shapes(Dim::Open, self.query_width());
                 let name = format!("{place}.context");
-                let [context] = b.branch(&[(&name, shape)], decision.any(), run, skip);
+                let any = rows.any(b, &place);
+                let [context] = b.branch(&[(&name, shape)], &any, run, skip);
                 context
             } else {
                 let context = self.core_in_place(b, &place, &rows, &q, &cache);

@@ -4,7 +4,7 @@
 use skipgpt_passes::ir::{DType, Dispatch, Routing};
 
 use super::builder::{Builder, Name};
-use super::graph::{Attribute, Dim};
+use super::graph::{Attribute, Dim, Element};
 use super::router::Decision;
 use super::stream::Stream;
 
@@ -110,6 +110,12 @@ impl Rows {
         let (name, axis) = (&decision.place, vec![("axis", Attribute::Int(0))]);
         let indices = b.op_with(&format!("{name}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
         Self { keep, indices }
+    }
+
+    /// Whether there is one at all.
+    pub(super) fn any(&self, b: &mut Builder, place: &str) -> Name {
+        let count = b.op(&format!("{place}.count"), "Size", &[&self.indices]);
+        b.cast_to(&format!("{place}.any"), &count, Element::Bool)
     }
 
     /// Whether each token is kept, `[tokens]`.

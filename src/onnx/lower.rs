@@ -118,7 +118,7 @@ fn lower_layer(
     let mut shared_decisions = None;
     if layer.router.is_some() {
         let x = stream.value(b);
-        shared_decisions = router::shared(b, layer, &x);
+        shared_decisions = router::shared(b, layer, shared.gates(), &x);
         stream = Stream::Value(x);
     }
     let decide = |b: &mut Builder, module, routing: &Routing, stream: Stream| {
@@ -126,7 +126,8 @@ fn lower_layer(
             return (None, stream);
         }
         let x = stream.value(b);
-        (router::decide(b, module, routing, shared_decisions.as_ref(), &x), Stream::Value(x))
+        let decided = shared_decisions.as_ref();
+        (router::decide(b, module, routing, decided, shared.gates(), &x), Stream::Value(x))
     };
     if let Some(attention) = &layer.attention {
         let module = at(ModuleKind::Attention);

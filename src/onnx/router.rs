@@ -24,7 +24,8 @@ pub(super) struct Decision {
     margins: Name,
     /// Which of them is its own.
     slot: usize,
-    /// Whether any token is kept, one element, where somebody asks.
+    /// Whether any token is kept, one element, where somebody asks; of a gated module, whether it is the
+    /// only one.
     any: Option<Name>,
 }
 
@@ -66,8 +67,26 @@ pub(super) struct Decided {
     any: Vec<Name>,
 }
 
-/// What the layer's shared router, if it has one, decides on `x` `[tokens, hidden]`.
-pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> Option<Decided> {
+/// What a margin has to reach in a step, by decision: an attention module's branch for one token is not
+/// for several, so that there its margin never reaches.
+pub(super) fn floors(b: &mut Builder, model: &Model, one_token: &str) {
+    let zero = b.floats("constants.zero.vector", &[1], &[0.0]);
+    let infinity = b.floats("constants.infinity.vector", &[1], &[f32::INFINITY]);
+    let gate = b.op(floor(1), "Where", &[one_token, &zero, &infinity]);
+    if model.layers.iter().filter_map(|layer| layer.router.as_ref()).any(|r| r.decisions == 2) {
+        let axis = vec![("axis", Attribute::Int(0))];
+        b.op_with(floor(2), "Concat", &[&gate, &zero], axis);
+    }
+}
+
+/// The name of the floors of so many decisions, attention's first.
+const fn floor(decisions: usize) -> &'static str {
+    if decisions == 1 { "step.floor" } else { "step.floors" }
+}
+
+/// What the layer's shared router, if it has one, decides on `x` `[tokens, hidden]`. The branch of a
+/// conditional attention module is for steps of one token if `gated`.
+pub(super) fn shared(b: &mut Builder, layer: &Layer, gated: bool, x: &str) -> Option<Decided> {
     let SharedRouter { hidden, output, decisions } = layer.router.as_ref()?;
     let asks = |kind| {
         layer.routing(kind).is_some_and(|routing| {
@@ -75,9 +94,13 @@ pub(super) fn shared(b: &mut Builder, layer: &Layer, x: &str) -> Option<Decided>
             shared && dispatch::branches(routing)
         })
     };
-    let branches = asks(ModuleKind::Attention) || asks(ModuleKind::Mlp);
+    let any = match (asks(ModuleKind::Attention), asks(ModuleKind::Mlp)) {
+        (true, _) if gated => Any::Gated,
+        (false, false) => Any::Unasked,
+        _ => Any::Kept,
+    };
     let place = format!("layers.{}", layer.index);
-    Some(decide_all(b, &place, (hidden.as_ref(), output), *decisions, branches, x))
+    Some(decide_all(b, &place, (hidden.as_ref(), output), *decisions, any, x))
 }
 
 /// The decision of one module, from the layer's shared router or its own on `x`; `None` if it runs
@@ -87,6 +110,7 @@ pub(super) fn decide(
     module: ModuleId,
     routing: &Routing,
     shared: Option<&Decided>,
+    gated: bool,
     x: &str,
 ) -> Option<Decision> {
     let Routing::Routed { source, dispatch: Some(dispatch) } = routing else { return None };
@@ -94,11 +118,26 @@ pub(super) fn decide(
     let (Decided { margins, any }, slot) = match source {
         Source::Shared { slot } => (shared?.clone(), *slot),
         Source::Own(router) => {
-            let branches = dispatch == Dispatch::Conditional;
-            (decide_all(b, &place, (router.hidden.as_ref(), &router.output), 1, branches, x), 0)
+            let any = match (dispatch, module.kind) {
+                (Dispatch::Conditional, ModuleKind::Attention) if gated => Any::Gated,
+                (Dispatch::Conditional, _) => Any::Kept,
+                _ => Any::Unasked,
+            };
+            (decide_all(b, &place, (router.hidden.as_ref(), &router.output), 1, any, x), 0)
         }
     };
     Some(Decision { place, dispatch, margins, slot, any: any.get(slot).cloned() })
+}
+
+/// What is asked of all tokens' decisions together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Any {
+    /// Nothing.
+    Unasked,
+    /// Whether any is kept.
+    Kept,
+    /// The same; of the first decision, whether its token is the only one and kept.
+    Gated,
 }
 
 /// What a router decides. Always `f32`: rounded routers flip near-ties.
@@ -107,7 +146,7 @@ fn decide_all(
     place: &str,
     (hidden, output): (Option<&Linear>, &Linear),
     decisions: usize,
-    branches: bool,
+    any: Any,
     x: &str,
 ) -> Decided {
     let name = format!("{place}.router");
@@ -117,17 +156,30 @@ fn decide_all(
         x = b.op(&format!("{name}.relu"), "Relu", &[&wide]);
     }
     let margins = b.linear(&margins_of(place), &x, &difference(output, decisions), DType::F32);
-    let any = if branches { any_kept(b, &name, &margins, decisions) } else { vec![] };
+    let any = match any {
+        Any::Unasked => vec![],
+        asked => any_kept(b, &name, &margins, decisions, asked == Any::Gated),
+    };
     Decided { margins, any }
 }
 
 /// Whether any token is kept, by decision, one element each.
-fn any_kept(b: &mut Builder, name: &str, margins: &str, decisions: usize) -> Vec<Name> {
+fn any_kept(
+    b: &mut Builder,
+    name: &str,
+    margins: &str,
+    decisions: usize,
+    gated: bool,
+) -> Vec<Name> {
     let tokens = b.ints("constants.first_axis", &[0]);
     let keep = vec![("keepdims", Attribute::Int(0))];
     let largest = b.op_with(&format!("{name}.largest"), "ReduceMax", &[margins, &tokens], keep);
-    let zero = b.floats("constants.zero.f32", &[], &[0.0]);
-    let any = b.op(&format!("{name}.any"), "GreaterOrEqual", &[&largest, &zero]);
+    let floor = if gated {
+        floor(decisions).to_owned()
+    } else {
+        b.floats("constants.zero.f32", &[], &[0.0])
+    };
+    let any = b.op(&format!("{name}.any"), "GreaterOrEqual", &[&largest, &floor]);
     if decisions == 1 {
         return vec![any];
     }
@@ -159,7 +211,7 @@ impl Decision {
         self.pick(b, &slot)
     }
 
-    /// Whether any token is kept: one element.
+    /// Whether any token is kept, one element; of a gated module, whether it is the only one.
     pub(super) fn any(&self) -> &str {
         self.any.as_deref().unwrap_or_default()
     }

@@ -9,6 +9,7 @@ use super::heads::query_width;
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::dispatch;
 use crate::onnx::graph::{Attribute, Element};
+use crate::onnx::router;
 use crate::rope;
 
 /// Values every layer uses.
@@ -36,6 +37,13 @@ pub(in crate::onnx) struct Shared {
     pub(super) one_sequence: Name,
     /// What `GroupQueryAttention` takes, if it may be used.
     pub(super) grouped: Option<Grouped>,
+}
+
+impl Shared {
+    /// Whether the branch of a conditional attention module is for steps of one token.
+    pub(in crate::onnx) const fn gates(&self) -> bool {
+        self.grouped.is_some()
+    }
 }
 
 /// What `GroupQueryAttention` takes beside queries, keys and values.
@@ -85,6 +93,9 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let single = is_one(grouped, "step.single", &lengths.sequence);
     let one_token = is_one(grouped && conditional, "step.one_token", &tokens);
     let one_sequence = is_one(conditional, "step.one_sequence", &batch);
+    if grouped && conditional {
+        router::floors(b, model, &one_token);
+    }
     let bias = bias(b, &lengths, &zero, &one);
     let group_bias = group_bias(b, config, &bias);
     head_shapes(b, config);
