@@ -340,7 +340,7 @@ fn attention_by_elementary_operators_is_the_same() {
         let more = ["--router", &router, "--dispatch", dispatch, "--attention", "decomposed"];
         let decomposed = exports.export(&format!("{dispatch}-decomposed"), &more);
         let kinds = [&grouped, &decomposed].map(|path| {
-            let nodes = opened(path).manifest.graph.unwrap().nodes;
+            let nodes = opened(path).manifest.graph.unwrap().operators;
             nodes.contains_key("GroupQueryAttention")
         });
         assert_eq!(kinds, [true, false], "{dispatch}");
