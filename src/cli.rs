@@ -18,6 +18,7 @@ pub(crate) mod verify;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use skipgpt_export::device::Compute;
 
 /// Compiles language models with trained SkipGPT routers to ONNX artifacts that skip the work.
 #[derive(Debug, Parser)]
@@ -90,6 +91,24 @@ pub(crate) struct RuntimeArguments {
 pub(crate) enum Provider {
     Cpu,
     Cuda,
+}
+
+/// Where candle computes: training, and the model as it was imported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Device {
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU; in a build of `make cuda`
+    Cuda,
+}
+
+impl From<Device> for Compute {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Cpu => Self::Cpu,
+            Device::Cuda => Self::Cuda,
+        }
+    }
 }
 
 /// Where a report goes besides the terminal.

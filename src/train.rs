@@ -1,7 +1,7 @@
 //! Training of what is exported: routers, then an adapter around them.
 //!
 //! Both stages run over the same modules that verify artifacts ([`crate::model`]), with the base
-//! frozen, on the CPU in `f32`. A run is a directory:
+//! frozen, on the CPU in `f32` or on a GPU ([`Place`]). A run is a directory:
 //!
 //! ```text
 //! run.json            settings and what identifies the inputs
@@ -20,6 +20,7 @@ pub mod data;
 mod loss;
 pub mod metrics;
 mod network;
+mod on_device;
 pub mod optimizer;
 pub mod output;
 mod parameters;
@@ -36,9 +37,12 @@ mod tests;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use candle_core::Error as CandleError;
+use candle_core::{DType, Error as CandleError};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
+use crate::device::{self, Compute};
+use crate::model::ops::Kernels;
 use crate::text::Tokenizer;
 use crate::{artifact, model};
 
@@ -66,8 +70,44 @@ pub struct Request<'a> {
     pub resume: bool,
     /// What decides the result.
     pub settings: &'a Settings,
+    /// Where it is computed.
+    pub place: Place,
     /// What does not.
     pub options: Options,
+}
+
+/// Where a run computes, and in what precision. Routers and adapters are trained in `f32` in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Place {
+    /// The device.
+    pub device: Compute,
+    /// The precision of the base model and of activations.
+    pub precision: Precision,
+}
+
+/// The precision of the base model in training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the range of 32; on a GPU alone.
+    Bf16,
+}
+
+impl Place {
+    /// How the model is loaded for it.
+    fn options(self) -> Result<model::Options, device::Error> {
+        let (dtype, kernels) = match (self.device, self.precision) {
+            (Compute::Cpu, Precision::F32) => (DType::F32, Kernels::Differentiable),
+            (Compute::Cpu, Precision::Bf16) => return Err(device::Error::NoBf16),
+            (Compute::Cuda, Precision::F32) => (DType::F32, Kernels::Device),
+            (Compute::Cuda, Precision::Bf16) => (DType::BF16, Kernels::Device),
+        };
+        Ok(model::Options { device: self.device.open()?, dtype, kernels })
+    }
 }
 
 /// What does not change what a run computes.
@@ -149,6 +189,14 @@ pub enum Error {
     /// Stage 2 without stage 1.
     #[error("{}: has no routers; LoRA tuning needs those that router tuning gave: name them with --router", .0.display())]
     NoRouters(PathBuf),
+    /// Nothing computes there.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// Dropout is drawn on the host.
+    #[error(
+        "dropout of {0} on cuda: its factors are drawn on the processor, one by one, which a GPU would wait for; give --dropout 0, or train on the processor"
+    )]
+    Dropout(f64),
     /// A projection that is to be adapted does not stand alone.
     #[error("the targets leave nothing to train")]
     NothingToTrain,

@@ -11,12 +11,12 @@ use skipgpt_export::eval::baseline::{self, Similarities, Unit};
 use skipgpt_export::eval::choices::{self, Task, pairs, task};
 use skipgpt_export::eval::report::{self, Earlier, Engine, Measured, Report, Text};
 use skipgpt_export::eval::{self, Options};
-use skipgpt_export::model::Reference;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_passes::ir::Model;
-use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, ReportArguments, RuntimeArguments, Verdict, screen, sources};
+use super::{
+    CheckpointArguments, Device, ReportArguments, RuntimeArguments, Verdict, screen, sources,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -28,6 +28,9 @@ pub(crate) struct Arguments {
     checkpoint: CheckpointArguments,
     #[command(flatten)]
     runtime: RuntimeArguments,
+    /// Where the checkpoint runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Plain text to predict, one or more files
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "choices")]
     perplexity: Vec<PathBuf>,
@@ -168,7 +171,7 @@ fn similarities(
     dense: &Model,
 ) -> Result<Similarities> {
     let tokens = sources::tokens(tokenizer, &arguments.calibration)?;
-    let mut reference = Reference::load(validate(dense)?, &checkpoint.sources)?;
+    let mut reference = sources::reference(dense, checkpoint, arguments.device)?;
     let limit = Some(arguments.calibration_windows);
     let options = Options { window: arguments.window, stride: None, limit };
     let bar = screen::count("comparing");
@@ -213,6 +216,7 @@ struct Asked {
     tasks: Vec<Task>,
     choices: choices::Options,
     earlier: Option<Earlier>,
+    device: Device,
 }
 
 impl Asked {
@@ -238,7 +242,8 @@ impl Asked {
             stride: arguments.stride,
             limit: arguments.windows.or(arguments.limit),
         };
-        Ok(Self { texts: arguments.perplexity.clone(), windows, tasks, choices, earlier })
+        let (texts, device) = (arguments.perplexity.clone(), arguments.device);
+        Ok(Self { texts, windows, tasks, choices, earlier, device })
     }
 
     fn candle(
@@ -249,7 +254,7 @@ impl Asked {
         model: &Model,
     ) -> Result<Measured> {
         let imported: Vec<_> = checkpoint.model.modules().collect();
-        let mut decoder = Reference::load(validate(model)?, &checkpoint.sources)?;
+        let mut decoder = sources::reference(model, checkpoint, self.device)?;
         self.measure(
             tokenizer,
             &mut decoder,

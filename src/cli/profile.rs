@@ -7,12 +7,15 @@ use clap::Args;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::{eval, profile};
 
-use super::{CheckpointArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Device, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     checkpoint: CheckpointArguments,
+    /// Where the checkpoint runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Plain text, one or more files
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     text: Vec<PathBuf>,
@@ -37,7 +40,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let tokens = sources::tokens(&tokenizer, &arguments.text)?;
-    let mut reference = sources::reference(&checkpoint)?;
+    let mut reference = sources::reference(&checkpoint.model, &checkpoint, arguments.device)?;
     let options = eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
     let bar = screen::count("profiling");
     let config = &checkpoint.model.config;

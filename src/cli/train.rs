@@ -7,9 +7,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
 use skipgpt_export::train::settings::{Lora, Router, Settings, Stage, Target};
-use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
+use skipgpt_export::train::{self, Event, Options, Place, Request, metrics, optimizer};
 
-use super::{CheckpointArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Device, Verdict, screen, sources};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -103,6 +103,12 @@ pub(crate) struct CommonArguments {
     /// Tokens of a window
     #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
     window: usize,
+    /// Where it is trained; cuda in a build of `make cuda`
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Precision of the frozen base and of activations [default: f32 on cpu, bf16 on cuda]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Of initial weights, noise and the order of the windows
     #[arg(long, default_value_t = 43)]
     seed: u64,
@@ -186,6 +192,26 @@ impl From<Projection> for Target {
             Projection::Up => Self::Up,
             Projection::Down => Self::Down,
         }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    F32,
+    Bf16,
+}
+
+impl CommonArguments {
+    fn place(&self) -> Place {
+        let usual = match self.device {
+            Device::Cpu => Precision::F32,
+            Device::Cuda => Precision::Bf16,
+        };
+        let precision = match self.precision.unwrap_or(usual) {
+            Precision::F32 => train::Precision::F32,
+            Precision::Bf16 => train::Precision::Bf16,
+        };
+        Place { device: self.device.into(), precision }
     }
 }
 
@@ -297,6 +323,7 @@ fn start(
         cache: common.cache.as_deref(),
         resume: common.resume,
         settings,
+        place: common.place(),
         options: Options {
             recompute: common.recompute,
             evaluate_every: common.eval_every,
@@ -308,7 +335,7 @@ fn start(
     };
     let bars =
         Bars { tokenising: screen::bytes("tokenising"), training: screen::count("training") };
-    let outcome = train(&request, &mut |event| {
+    let outcome = train::run(&request, &mut |event| {
         bars.show(&event);
         screen::go_on()
     });

@@ -30,6 +30,7 @@ pub(super) fn routers(
     seed: u64,
 ) -> Result<Network, Error> {
     let hidden = parts.config.hidden_size;
+    let device = &parts.embedding.device().clone();
     let mut parameters = Vec::new();
     for (at, layer) in parts.layers.iter_mut().enumerate() {
         let attention = layer.attention.as_mut().map(|module| &mut module.routing);
@@ -41,8 +42,8 @@ pub(super) fn routers(
             let bound = (3.0 / hidden as f64).sqrt();
             let next = (seed, parameters.len());
             let uniform = Initial::Uniform { bound };
-            let weight =
-                Parameter::new(name("weight"), at, &[2, hidden], uniform, next).map_err(place)?;
+            let weight = Parameter::new(name("weight"), at, &[2, hidden], uniform, next, device)
+                .map_err(place)?;
             let bias = settings.keep_bias as f32;
             if bias != 0.0 {
                 let values = weight.values().map_err(place)?;
@@ -50,7 +51,8 @@ pub(super) fn routers(
                 weight.set(values).map_err(place)?;
             }
             let initial = Initial::Values(vec![bias, 0.0 - bias]);
-            let bias = Parameter::new(name("bias"), at, &[2], initial, next).map_err(place)?;
+            let bias =
+                Parameter::new(name("bias"), at, &[2], initial, next, device).map_err(place)?;
             let output = Linear {
                 weight: weight.var.as_tensor().clone(),
                 bias: Some(bias.var.as_tensor().clone()),
@@ -74,6 +76,7 @@ pub(super) fn adapters(
     seed: u64,
     clock: &Clock,
 ) -> Result<Network, Error> {
+    let device = &parts.embedding.device().clone();
     let mut parameters = Vec::new();
     for (at, layer) in parts.layers.iter_mut().enumerate() {
         for target in &settings.targets {
@@ -90,12 +93,13 @@ pub(super) fn adapters(
                 &[settings.rank, inner],
                 Initial::Uniform { bound },
                 next(0),
+                device,
             )
             .map_err(place)?;
             let zeros = Initial::Values(vec![0.0; outer * settings.rank]);
             let name = names::lora(&path, "lora_B");
-            let up =
-                Parameter::new(name, at, &[outer, settings.rank], zeros, next(1)).map_err(place)?;
+            let shape = [outer, settings.rank];
+            let up = Parameter::new(name, at, &shape, zeros, next(1), device).map_err(place)?;
             let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
             linear.lora = Some(linear::Lora {
                 down: tensor(&down),

@@ -12,6 +12,7 @@ use candle_core::{Device, Result as Candle, Tensor, Var};
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
 use super::loss::{self, Loss};
+use super::on_device;
 use super::parameters::Parameter;
 use super::random::{self, Use};
 use crate::model::gradient::{hold, seed};
@@ -48,6 +49,18 @@ pub(super) struct Objective {
     pub(super) recompute: bool,
 }
 
+impl Objective {
+    /// How routers' scores become decisions.
+    pub(super) fn decide(&self) -> Decide {
+        match &self.sampling {
+            Some(sampling) => {
+                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
+            }
+            None => Decide::Argmax,
+        }
+    }
+}
+
 /// The relaxation and the pull of one forward pass.
 #[derive(Debug, Clone)]
 pub(super) struct Sampling {
@@ -75,11 +88,11 @@ pub(super) struct Pass {
 }
 
 /// One layer's graph.
-struct Graph {
+pub(super) struct Graph {
     /// The layer's input; `None` where nothing before it is trained.
-    x: Option<Var>,
-    y: Tensor,
-    decisions: Vec<Decision>,
+    pub(super) x: Option<Var>,
+    pub(super) y: Tensor,
+    pub(super) decisions: Vec<Decision>,
 }
 
 impl Network {
@@ -98,8 +111,12 @@ impl Network {
         routed
     }
 
-    /// From now on argmax decisions compute the rows they keep and no others.
+    /// From now on argmax decisions compute the rows they keep and no others; on a device, where
+    /// their number would have to be waited for, all.
     pub(super) fn gather(&mut self) {
+        if self.on_device() {
+            return;
+        }
         for layer in &mut self.parts.layers {
             let attention = layer.attention.as_mut().map(|module| &mut module.routing);
             let mlp = layer.mlp.as_mut().map(|module| &mut module.routing);
@@ -131,13 +148,10 @@ impl Network {
 
     /// Losses and gradients of a batch.
     pub(super) fn gradients(&self, batch: &Batch, objective: &Objective) -> Result<Pass, Error> {
-        let decide = match &objective.sampling {
-            Some(sampling) => {
-                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
-            }
-            None => Decide::Argmax,
-        };
-        let step = self.step(batch, decide).map_err(outside)?;
+        if self.on_device() {
+            return self.gradients_on_device(batch, objective);
+        }
+        let step = self.step(batch, objective.decide()).map_err(outside)?;
         let teacher = if objective.distill { Some(self.dense(batch)?) } else { None };
 
         let mut x = self.embed(batch).map_err(outside)?;
@@ -189,12 +203,18 @@ impl Network {
         let step = self.step(batch, decide).map_err(outside)?;
         let mut counts = (0.0, 0);
         let x = self.walk(batch, &step, |at, graph| self.count(at, graph, &mut counts))?;
+        if self.on_device() {
+            let (loss, _) = self.head_on_device(&x, batch, None).map_err(outside)?;
+            let sum = loss.sum.to_scalar::<f32>().map_err(outside)?;
+            let loss = Loss { sum: sum.into(), count: loss.count, gradient: Vec::new() };
+            return Ok((loss, counts));
+        }
         let (loss, _) = self.head(&x, batch, None, false).map_err(outside)?;
         Ok((loss, counts))
     }
 
     /// The final residual stream of the dense model.
-    fn dense(&self, batch: &Batch) -> Result<Tensor, Error> {
+    pub(super) fn dense(&self, batch: &Batch) -> Result<Tensor, Error> {
         let step = self.step(batch, Decide::Always).map_err(outside)?;
         self.walk(batch, &step, |_, _| Ok(()))
     }
@@ -217,18 +237,20 @@ impl Network {
         Ok(x)
     }
 
-    fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
+    pub(super) fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
         let window = batch.ids.len() / batch.windows.max(1);
-        Step::whole(batch.windows, window, &self.parts.frequencies, decide)
+        let step = Step::whole(batch.windows, window, &self.parts.frequencies, decide)?;
+        if self.on_device() { step.on_device(&self.parts.embedding) } else { Ok(step) }
     }
 
     /// `[rows, hidden]`.
-    fn embed(&self, batch: &Batch) -> Candle<Tensor> {
-        let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &Device::Cpu)?;
+    pub(super) fn embed(&self, batch: &Batch) -> Candle<Tensor> {
+        let device = self.parts.embedding.device();
+        let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), device)?;
         self.parts.embedding.index_select(&ids, 0)
     }
 
-    fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
+    pub(super) fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
         let place = self.place(at);
         // Every layer has something that is trained, so the first is the first.
         let x_var = if at == 0 { None } else { Some(Var::from_tensor(x).map_err(&place)?) };
@@ -242,6 +264,9 @@ impl Network {
     fn count(&self, at: usize, graph: &Graph, counts: &mut (f64, usize)) -> Result<(), Error> {
         for decision in &graph.decisions {
             let kept = match &decision.keep {
+                _ if self.on_device() => {
+                    on_device::kept(decision).and_then(|k| k.to_scalar::<f32>()).map(f64::from)
+                }
                 Some(keep) => hold(keep).map(|keep| keep.iter().map(|k| f64::from(*k)).sum()),
                 None => decision.margins.contiguous().and_then(|margins| {
                     let kept = hold(&margins)?.iter().filter(|margin| **margin >= 0.0).count();
@@ -317,19 +342,19 @@ impl Network {
     }
 
     /// Names the layer at place `at` in an error.
-    fn place(&self, at: usize) -> impl Fn(candle_core::Error) -> Error {
+    pub(super) fn place(&self, at: usize) -> impl Fn(candle_core::Error) -> Error {
         let layer = self.parts.layers.get(at).map(|layer| layer.index);
         move |source| Error::Compute { layer, source }
     }
 }
 
 /// The next token of every token but the last of each window.
-fn targets(batch: &Batch) -> Vec<Option<u32>> {
+pub(super) fn targets(batch: &Batch) -> Vec<Option<u32>> {
     let window = batch.ids.len() / batch.windows.max(1);
     let next = |at: usize| (!(at + 1).is_multiple_of(window)).then(|| batch.ids[at + 1]);
     (0..batch.ids.len()).map(next).collect()
 }
 
-fn outside(source: candle_core::Error) -> Error {
+pub(super) fn outside(source: candle_core::Error) -> Error {
     Error::Compute { layer: None, source }
 }

@@ -6,9 +6,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Error;
 use super::output::replace;
 use super::settings::Settings;
+use super::{Error, Place};
 use crate::artifact;
 
 /// The file's name in the output directory.
@@ -26,6 +26,13 @@ pub(super) struct Record {
     pub(super) text: Vec<String>,
     /// The same of the texts to evaluate on.
     pub(super) evaluation: Vec<String>,
+    /// Where it computes, and in what precision.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(super) place: Place,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The record's version.

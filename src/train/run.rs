@@ -16,10 +16,10 @@ use super::settings::{Settings, Stage};
 use super::state::Store;
 use super::{Error, Event, OnEvent, Outcome, Request, output};
 use crate::artifact::hash::InputHashes;
+use crate::device::Compute;
 use crate::model::dropout::Clock;
-use crate::model::ops::Kernels;
 use crate::model::step::Decide;
-use crate::model::{self, Reference};
+use crate::model::{Options, Reference};
 
 /// Where texts are kept tokenised, in the run's directory.
 pub(super) const TOKENS: &str = "tokens";
@@ -34,6 +34,7 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
     let (checkpoint, settings) = (request.checkpoint, request.settings);
     settings.check(checkpoint.model.config.max_position_embeddings)?;
     check_stage(request)?;
+    let options = request.place.options()?;
     if request.resume {
         record::occupied(request.output)?;
     } else {
@@ -47,12 +48,13 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
         checkpoint: identity(request)?,
         text: texts.training.keys(),
         evaluation: texts.evaluation.as_ref().map(Corpus::keys).unwrap_or_default(),
+        place: request.place,
     };
     if request.resume {
         record.compare(request.output)?;
     }
     let clock = Clock::default();
-    let network = load(request, &clock)?;
+    let network = load(request, options, &clock)?;
     let optimizer = AdamW::new(settings.optimizer, &network.parameters);
     let store = Store::new(request.output, request.options.keep_checkpoints);
     let mut trainer = Trainer {
@@ -95,6 +97,12 @@ fn check_stage(request: &Request<'_>) -> Result<(), Error> {
     if model.head.lora.is_some() || model.layers.iter().any(adapted) {
         return Err(Error::Adapted(checkpoint.directory.clone()));
     }
+    match &request.settings.stage {
+        Stage::Lora(lora) if request.place.device == Compute::Cuda && lora.dropout > 0.0 => {
+            return Err(Error::Dropout(lora.dropout));
+        }
+        _ => {}
+    }
     let has_routers = model.layers.iter().any(|layer| {
         layer.attention.as_ref().is_some_and(|module| routed(&module.routing))
             || layer.mlp.as_ref().is_some_and(|module| routed(&module.routing))
@@ -112,13 +120,12 @@ fn identity(request: &Request<'_>) -> Result<Vec<String>, Error> {
 }
 
 /// The model with what the stage trains.
-fn load(request: &Request<'_>, clock: &Clock) -> Result<Network, Error> {
+fn load(request: &Request<'_>, options: Options, clock: &Clock) -> Result<Network, Error> {
     let checkpoint = request.checkpoint;
     let model = validate(&checkpoint.model).map_err(|violations| {
         let lines: Vec<_> = violations.0.iter().map(ToString::to_string).collect();
         Error::Invalid(lines.join("\n"))
     })?;
-    let options = model::Options { kernels: Kernels::Differentiable, ..model::Options::default() };
     let parts = Reference::load_with(model, &checkpoint.sources, options)?.into_parts();
     let seed = request.settings.seed;
     let network = match &request.settings.stage {

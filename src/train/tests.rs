@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 use skipgpt_passes::validate::validate;
 
@@ -37,8 +37,13 @@ pub(super) fn checkpoint(router: bool) -> Checkpoint {
 }
 
 fn parts(router: bool) -> Parts {
+    parts_as(router, Kernels::Differentiable, DType::F32)
+}
+
+/// On a device both the kernels and the base's precision are others; both run on the processor too.
+pub(super) fn parts_as(router: bool, kernels: Kernels, dtype: DType) -> Parts {
     let checkpoint = checkpoint(router);
-    let options = Options { kernels: Kernels::Differentiable, ..Options::default() };
+    let options = Options { kernels, dtype, ..Options::default() };
     let model = validate(&checkpoint.model).unwrap();
     Reference::load_with(model, &checkpoint.sources, options).unwrap().into_parts()
 }
@@ -54,19 +59,19 @@ fn lora_settings(dropout: f64) -> Lora {
 }
 
 /// What PyTorch computed.
-struct Expected(std::collections::HashMap<String, Tensor>);
+pub(super) struct Expected(std::collections::HashMap<String, Tensor>);
 
 impl Expected {
-    fn read() -> Self {
+    pub(super) fn read() -> Self {
         let path = tiny().join("expected.safetensors");
         Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
     }
 
-    fn values(&self, name: &str) -> Vec<f32> {
+    pub(super) fn values(&self, name: &str) -> Vec<f32> {
         self.0[name].flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    fn batch(&self) -> Batch {
+    pub(super) fn batch(&self) -> Batch {
         let ids = self.0["input_ids"].flatten_all().unwrap();
         let ids = ids.to_vec1::<i32>().unwrap().into_iter().map(|id| id as u32).collect();
         Batch { ids, windows: 2 }
@@ -88,32 +93,41 @@ impl Expected {
     }
 
     #[track_caller]
-    fn check_gradients(&self, stage: &str, network: &Network, pass: &Pass) {
+    pub(super) fn check_gradients(&self, stage: &str, network: &Network, pass: &Pass) {
+        self.check_within(TOLERANCE, stage, network, pass);
+    }
+
+    #[track_caller]
+    pub(super) fn check_within(&self, tolerance: f32, stage: &str, network: &Network, pass: &Pass) {
         for (parameter, found) in network.parameters.iter().zip(&pass.gradients) {
             let expected = self.values(&format!("{stage}.gradient.{}", parameter.name));
             let highest = expected.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
             assert!(highest > 0.0, "{}", parameter.name);
             for (found, expected) in found.iter().zip(&expected) {
                 let error = (found - expected).abs() / highest;
-                assert!(error < TOLERANCE, "{}: {found} {expected}", parameter.name);
+                assert!(error < tolerance, "{}: {found} {expected}", parameter.name);
             }
         }
     }
 }
 
 #[track_caller]
-fn close(found: f64, expected: f32) {
+pub(super) fn close(found: f64, expected: f32) {
     assert!((found - f64::from(expected)).abs() < 1e-5 * found.abs(), "{found} {expected}");
 }
 
-fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Objective {
+pub(super) fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Objective {
     let sampling = Sampling { tau: 2.0, noise: expected.noise(), target: 0.75, alpha: 8.0 };
     Objective { sampling: Some(sampling), distill, recompute }
 }
 
 /// The fixture's routers in place of new ones.
-fn routers(expected: &Expected) -> Network {
-    let network = attach::routers(parts(false), &router_settings(), 1).unwrap();
+pub(super) fn routers(expected: &Expected) -> Network {
+    routers_in(parts(false), expected)
+}
+
+pub(super) fn routers_in(parts: Parts, expected: &Expected) -> Network {
+    let network = attach::routers(parts, &router_settings(), 1).unwrap();
     let released = candle_core::safetensors::load(tiny().join("router.safetensors"), &Device::Cpu);
     let released = released.unwrap();
     assert_eq!(released.len(), network.parameters.len());
@@ -126,8 +140,12 @@ fn routers(expected: &Expected) -> Network {
 
 /// The fixture's adapter in place of a new one.
 fn adapter(expected: &Expected) -> Network {
+    adapter_in(parts(true), expected)
+}
+
+pub(super) fn adapter_in(parts: Parts, expected: &Expected) -> Network {
     let clock = Clock::default();
-    let network = attach::adapters(parts(true), &lora_settings(0.0), 1, &clock).unwrap();
+    let network = attach::adapters(parts, &lora_settings(0.0), 1, &clock).unwrap();
     for parameter in &network.parameters {
         let value = &expected.0[&format!("lora.value.{}", parameter.name)];
         parameter.var.set(value).unwrap();
