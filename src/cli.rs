@@ -19,6 +19,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use skipgpt_export::device::Compute;
+use skipgpt_export::runtime::session;
 
 /// Compiles language models with trained SkipGPT routers to ONNX artifacts that skip the work.
 #[derive(Debug, Parser)]
@@ -91,6 +92,15 @@ pub(crate) struct RuntimeArguments {
 pub(crate) enum Provider {
     Cpu,
     Cuda,
+}
+
+impl From<Provider> for session::Provider {
+    fn from(provider: Provider) -> Self {
+        match provider {
+            Provider::Cpu => Self::Cpu,
+            Provider::Cuda => Self::Cuda,
+        }
+    }
 }
 
 /// Where candle computes: training, and the model as it was imported.

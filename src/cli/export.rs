@@ -15,7 +15,7 @@ use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
 
 use super::precision::{PrecisionArgument, PrecisionArguments};
-use super::{CheckpointArguments, ReportArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Provider, ReportArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -32,6 +32,9 @@ pub(crate) struct Arguments {
     /// How routed modules skip (ONNX)
     #[arg(long, value_enum, default_value_t = DispatchArgument::Auto)]
     dispatch: DispatchArgument,
+    /// The ONNX Runtime provider it is for: what --dispatch auto chooses (masked on cuda)
+    #[arg(long, value_enum, default_value_t = Provider::Cpu)]
+    provider: Provider,
     /// Keep rates that `profile` measured
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
@@ -42,7 +45,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SHARE")]
     always_above: Option<f64>,
     /// Apply the plan of this file (a plan, or another artifact's manifest) in place of the options
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "profile", "prune_below", "always_above"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "provider", "profile", "prune_below", "always_above"])]
     plan: Option<PathBuf>,
     /// Write the weights, or share the checkpoint's own file where nothing changes
     #[arg(long, value_enum, default_value_t = WeightsArgument::Copy)]
@@ -197,6 +200,7 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     let profile = arguments.profile.as_deref().map(profile::read::read).transpose()?;
     let choices = plan::Choices {
         dispatch: arguments.dispatch.dispatch(),
+        provider: arguments.provider.into(),
         quantization,
         rearrange: !link,
         prune_below: arguments.prune_below,

@@ -13,7 +13,7 @@ use skipgpt_export::watch::Watched;
 use skipgpt_passes::ir::Model;
 use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, Device, Provider, RuntimeArguments, screen};
+use super::{CheckpointArguments, Device, RuntimeArguments, screen};
 
 /// Reads the checkpoint that was named.
 pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> {
@@ -46,11 +46,11 @@ pub(crate) fn runtime(arguments: &RuntimeArguments, artifact: &Artifact) -> Resu
 
 /// How sessions are to run.
 pub(crate) fn session_options(arguments: &RuntimeArguments) -> session::Options {
-    let provider = match arguments.provider {
-        Provider::Cpu => session::Provider::Cpu,
-        Provider::Cuda => session::Provider::Cuda,
-    };
-    session::Options { provider, threads: arguments.threads, ..session::Options::default() }
+    session::Options {
+        provider: arguments.provider.into(),
+        threads: arguments.threads,
+        ..session::Options::default()
+    }
 }
 
 /// An artifact, opened and compared with its manifest's hashes.

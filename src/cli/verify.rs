@@ -108,6 +108,7 @@ fn compare(
             bar.set_message(progress.case.to_owned());
         })?;
     bar.finish_and_clear();
+    report.placement = watched.placement().cloned();
     if let Some(nearness) = nearness {
         report.compare_weights(nearness);
     }

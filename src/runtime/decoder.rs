@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use ndarray::{Array2, ArrayD, Axis, Ix3, Ix4, s};
+use ndarray::{Array2, ArrayD, Ix3, Ix4};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, SessionOutputs};
 use ort::value::{DynTensor, DynValue, Tensor};
@@ -153,6 +153,9 @@ pub enum Error {
     /// The graph failed.
     #[error("ONNX Runtime fails to run the graph: {0}")]
     Run(#[source] ort::Error),
+    /// It ran elsewhere than it was asked to.
+    #[error(transparent)]
+    Session(#[from] super::session::Error),
 }
 
 /// A decoder graph under ONNX Runtime.
@@ -230,11 +233,7 @@ impl OnnxDecoder {
 
         let length = past + sequence;
         let layers = presents(&self.interface, &mut outputs, batch, length)?;
-        let mut logits = to_ranked::<Ix3>(LOGITS, &take(&mut outputs, LOGITS)?)?;
-        let rows = logits.len_of(Axis(1));
-        if input.logits == Logits::Last && rows != 1 {
-            logits = logits.slice_move(s![.., rows.saturating_sub(1).., ..]);
-        }
+        let logits = super::logits::read(&take(&mut outputs, LOGITS)?, input.logits)?;
         let rows = if input.logits == Logits::Last { 1 } else { sequence };
         expect(LOGITS, logits.shape().to_vec(), &[batch, rows, self.interface.vocab])?;
         let routing = match self.modules.len() {
@@ -249,6 +248,8 @@ impl OnnxDecoder {
             .iter()
             .map(|name| to_array(name, outputs.get(name).ok_or_else(|| missing(name))?))
             .collect::<Result<_, Error>>()?;
+        drop(outputs);
+        self.session.settle()?;
         Ok((Output { logits, routing }, extra, Cache { batch, length, layers }))
     }
 
@@ -260,6 +261,8 @@ impl OnnxDecoder {
         let batch = input.batch();
         let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
         let layers = presents(&self.interface, &mut outputs, batch, length)?;
+        drop(outputs);
+        self.session.settle()?;
         self.cache = Some(Cache { batch, length, layers });
         Ok(())
     }
@@ -377,8 +380,9 @@ impl OnnxDecoder {
                     .map_err(feed(&half.present))?;
             }
         }
+        binding.bind_output_to_device(LOGITS, &device).map_err(feed(LOGITS))?;
         let routing = (!self.modules.is_empty()).then_some(ROUTING);
-        for name in [LOGITS].iter().chain(&routing).chain(extra) {
+        for name in routing.iter().chain(extra) {
             binding.bind_output_to_device(*name, &host).map_err(feed(name))?;
         }
         Ok(binding)

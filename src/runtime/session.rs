@@ -3,12 +3,14 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ort::ep;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use serde::Serialize;
 
 use super::locate::{Found, install_command};
+use super::placement::{self, Placement};
 use super::{Runtime, Version};
 
 /// Where the graph runs.
@@ -83,6 +85,9 @@ pub struct Options {
     pub optimization: Optimization,
     /// Where to write a profile: a path that ONNX Runtime completes with a time and `.json`.
     pub profile: Option<PathBuf>,
+    /// Whether the first step tells where its nodes ran ([`Session::placement`]). On another provider
+    /// than the CPU's it always does, unless a profile is asked for: this is told from one.
+    pub placement: bool,
 }
 
 /// Why there is no session.
@@ -137,6 +142,9 @@ pub enum Error {
         /// What went wrong.
         source: ort::Error,
     },
+    /// Its nodes did not run where they should.
+    #[error(transparent)]
+    Placement(#[from] placement::Error),
     /// No profile came of it.
     #[error("ONNX Runtime wrote no profile: {0}")]
     Profile(#[source] ort::Error),
@@ -147,6 +155,9 @@ pub enum Error {
 pub struct Session {
     pub(super) inner: ort::session::Session,
     provider: Provider,
+    /// Whether the next step is profiled for its nodes' places.
+    unsettled: bool,
+    placement: Option<Placement>,
 }
 
 impl Session {
@@ -185,7 +196,12 @@ impl Session {
         options: &Options,
     ) -> Result<Self, Error> {
         match inner {
-            Ok(inner) => Ok(Self { inner, provider: options.provider }),
+            Ok(inner) => Ok(Self {
+                inner,
+                provider: options.provider,
+                unsettled: options.settles(),
+                placement: None,
+            }),
             Err(source) => Err(Error::Model { path: path.to_owned(), source }),
         }
     }
@@ -205,10 +221,61 @@ impl Session {
         self.inner.outputs().iter().map(ort::value::Outlet::name)
     }
 
+    /// Where the nodes of the first step ran, once there was one and [`Options::placement`] asked for
+    /// it.
+    pub fn placement(&self) -> Option<&Placement> {
+        self.placement.as_ref()
+    }
+
+    /// After the first step: reads where its nodes ran.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Placement`] if some ran elsewhere than they were asked to.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.unsettled) {
+            return Ok(());
+        }
+        let path = self.end_profile()?;
+        let placement = Placement::read(&path, self.provider);
+        // A file among temporary ones that stays costs its few kilobytes and nothing else.
+        let _ = std::fs::remove_file(&path);
+        let placement = placement?;
+        tracing::info!("{placement}");
+        placement.check()?;
+        self.placement = Some(placement);
+        Ok(())
+    }
+
     /// Ends the profile that [`Options::profile`] asked for and gives its path.
     pub fn end_profile(&mut self) -> Result<PathBuf, Error> {
         self.inner.end_profiling().map(PathBuf::from).map_err(Error::Profile)
     }
+}
+
+impl Drop for Session {
+    /// A session that never ran leaves no profile behind.
+    fn drop(&mut self) {
+        if self.unsettled
+            && let Ok(path) = self.end_profile()
+        {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Options {
+    /// Whether the first step is profiled for its nodes' places.
+    fn settles(&self) -> bool {
+        self.profile.is_none() && (self.placement || self.provider != Provider::Cpu)
+    }
+}
+
+/// Where the profile of a first step goes.
+fn temporary() -> PathBuf {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("skipgpt-export-{}-{number}", std::process::id()))
 }
 
 /// Whether `provider` starts on this machine.
@@ -235,7 +302,8 @@ fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(refused)?;
     }
-    if let Some(profile) = &options.profile {
+    let temporary = options.settles().then(temporary);
+    if let Some(profile) = options.profile.as_ref().or(temporary.as_ref()) {
         builder = builder.with_profiling(profile).map_err(refused)?;
     }
     with_provider(builder, options.provider, runtime.found())
