@@ -6,11 +6,14 @@
 //! and shapes that went in and out. Nodes inside an `If` have events of their own; those of a branch
 //! that was not entered have none.
 //!
-//! **What may be left on the processor**: arithmetic on shapes. A node counts as that if everything
-//! that comes out of it is whole numbers or booleans, [`SMALL`] of them at most, and so is everything
-//! that goes in, or if it only asks for a shape (`Shape`, `Size`) and so reads nothing. ONNX Runtime
-//! keeps such nodes there on purpose, because the next one needs the numbers there. Any other node on
-//! the processor is a fallback.
+//! **What may be left on the processor**: arithmetic on shapes and positions, which ONNX Runtime keeps
+//! there on purpose, because the next node needs the numbers there. The rule:
+//!
+//! - A node through which a floating-point number passes, in or out, is a fallback, and an error.
+//!   Asking for a shape (`Shape`, `Size`) reads no number.
+//! - A node of whole numbers and booleans alone may stay. Where every tensor of it has [`SMALL`] of them
+//!   at most it is arithmetic on shapes; a larger one is per token (positions, masks, decisions), and is
+//!   listed apart: not wrong, but worth a look where time is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -21,8 +24,8 @@ use serde::{Deserialize, Serialize};
 
 use super::session::Provider;
 
-/// Numbers a shape's arithmetic has at most.
-pub const SMALL: u64 = 64;
+/// Numbers a tensor of shape arithmetic has at most.
+pub const SMALL: u64 = 8;
 
 /// Nodes named in an error.
 const NAMED: usize = 6;
@@ -59,7 +62,7 @@ pub enum Error {
         provider: &'static str,
         /// Nodes that ran.
         nodes: usize,
-        /// Nodes that ran elsewhere and are no arithmetic on shapes.
+        /// Nodes that ran elsewhere and should not have.
         stray: usize,
         /// The first of them, with their operators.
         named: Vec<String>,
@@ -80,7 +83,9 @@ pub struct Placement {
     pub nodes: BTreeMap<String, usize>,
     /// Nodes on the processor that are arithmetic on shapes.
     pub shapes: Vec<Node>,
-    /// Nodes on the processor that should have run on the provider.
+    /// Nodes on the processor that have whole numbers or booleans for every token.
+    pub indices: Vec<Node>,
+    /// Nodes on the processor that should have run on the provider: floating-point numbers pass through.
     pub stray: Vec<Node>,
     /// Copies from the device that ONNX Runtime inserted.
     pub to_host: Copies,
@@ -128,11 +133,18 @@ struct Args {
 
 impl Args {
     /// See the header of this file.
-    fn is_shape_arithmetic(&self) -> bool {
+    fn kind(&self) -> Kind {
         let asks = matches!(self.op_name.as_deref(), Some("Shape" | "Size"));
-        !self.output_type_shape.is_empty()
-            && self.output_type_shape.iter().all(small)
-            && (asks || self.input_type_shape.iter().all(small))
+        let read = if asks { &[] } else { self.input_type_shape.as_slice() };
+        let tensors = || self.output_type_shape.iter().chain(read).flatten();
+        let whole = |element: &str| ["bool", "int", "uint"].iter().any(|k| element.starts_with(k));
+        if self.output_type_shape.is_empty() || !tensors().all(|(element, _)| whole(element)) {
+            Kind::Stray
+        } else if tensors().all(|(_, shape)| elements(shape) <= SMALL) {
+            Kind::Shape
+        } else {
+            Kind::Index
+        }
     }
 
     fn bytes(&self) -> u64 {
@@ -141,12 +153,12 @@ impl Args {
     }
 }
 
-/// Whether it is a few whole numbers or booleans.
-fn small(tensor: &BTreeMap<String, Vec<u64>>) -> bool {
-    tensor.iter().all(|(element, shape)| {
-        let whole = ["bool", "int", "uint"].iter().any(|kind| element.starts_with(kind));
-        whole && elements(shape) <= SMALL
-    })
+/// What a node on the processor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Shape,
+    Index,
+    Stray,
 }
 
 fn elements(shape: &[u64]) -> u64 {
@@ -183,6 +195,7 @@ impl Placement {
             asked,
             nodes: BTreeMap::new(),
             shapes: Vec::new(),
+            indices: Vec::new(),
             stray: Vec::new(),
             to_host: Copies::default(),
             to_device: Copies::default(),
@@ -211,9 +224,12 @@ impl Placement {
             if provider == asked.name() {
                 continue;
             }
-            let node = Node { name: node.to_owned(), operator: operator.clone() };
-            if args.is_shape_arithmetic() { &mut found.shapes } else { &mut found.stray }
-                .push(node);
+            let list = match args.kind() {
+                Kind::Shape => &mut found.shapes,
+                Kind::Index => &mut found.indices,
+                Kind::Stray => &mut found.stray,
+            };
+            list.push(Node { name: node.to_owned(), operator: operator.clone() });
         }
         (!found.nodes.is_empty()).then_some(found)
     }
@@ -234,12 +250,13 @@ impl Placement {
             return Ok(());
         }
         let describe = |node: &Node| format!("{} ({})", node.name, node.operator);
-        let all = if self.stray.is_empty() { &self.shapes } else { &self.stray };
+        let left = || self.stray.iter().chain(&self.indices).chain(&self.shapes);
+        let stray = if own > 0 { self.stray.len() } else { left().count() };
         Err(Error::Fallback {
             provider: self.asked.name(),
             nodes: self.total(),
-            stray: all.len(),
-            named: all.iter().take(NAMED).map(describe).collect(),
+            stray,
+            named: left().take(NAMED.min(stray)).map(describe).collect(),
         })
     }
 }
@@ -248,15 +265,15 @@ impl fmt::Display for Placement {
     /// One line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let own = self.nodes.get(self.asked.name()).copied().unwrap_or_default();
-        write!(
-            f,
-            "{own} of {} nodes on {}, {} of shape arithmetic on the processor",
-            self.total(),
-            self.asked.name(),
-            self.shapes.len()
-        )?;
-        if !self.stray.is_empty() {
-            write!(f, ", {} others", self.stray.len())?;
+        write!(f, "{own} of {} nodes on {}", self.total(), self.asked.name())?;
+        for (nodes, what) in [
+            (&self.shapes, "of shape arithmetic"),
+            (&self.indices, "of whole numbers per token"),
+            (&self.stray, "that it left"),
+        ] {
+            if !nodes.is_empty() {
+                write!(f, ", {} {what} on the processor", nodes.len())?;
+            }
         }
         let (host, device) = (self.to_host, self.to_device);
         write!(
