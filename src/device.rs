@@ -31,8 +31,9 @@ pub enum Error {
     NotBuilt,
     /// The driver, or the GPU, does not answer.
     #[error(
-        "the GPU does not answer: {0}; expected an NVIDIA driver for CUDA 13 (580 or later) and a \
-         device 0, which `nvidia-smi` shows"
+        "the GPU does not answer: {}; expected an NVIDIA driver for CUDA 13 (580 or later) and a \
+         device 0, which `nvidia-smi` shows",
+        first_line(.0)
     )]
     NoDevice(#[source] candle_core::Error),
     /// Candle cannot compute so.
@@ -40,6 +41,11 @@ pub enum Error {
         "candle multiplies no bf16 matrices on the processor; --precision f32, or --device cuda"
     )]
     NoBf16,
+}
+
+/// Candle's message without the place in its own code where it was made.
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 impl Compute {

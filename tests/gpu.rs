@@ -38,7 +38,7 @@ fn a_device_that_was_not_built_is_refused() {
     let run = folder.path().join("run");
     let run = run.to_str().unwrap();
     let cuda = ["--device", "cuda"];
-    let train = ["train", "router", "--model", model, "--text", text, "-o", run];
+    let train = ["train", "router", "--model", model, "--text", text, "-o", run, "--window", "64"];
     let profile = ["profile", "--model", model, "--text", text, "-o", run];
     let eval = ["eval", "--model", model, "--perplexity", text];
     for command in [&train[..], &profile, &eval] {
@@ -49,7 +49,7 @@ fn a_device_that_was_not_built_is_refused() {
     let message = refused(&[&train[..], &["--precision", "bf16"]].concat());
     assert!(message.contains("no bf16 matrices on the processor"), "{message}");
     let (router, lora) = (tiny("router.safetensors"), ["train", "lora", "--model", model]);
-    let rest = ["--router", router.to_str().unwrap(), "--text", text, "-o", run];
+    let rest = ["--router", router.to_str().unwrap(), "--text", text, "-o", run, "--window", "64"];
     let message = refused(&[&lora[..], &rest, &cuda].concat());
     assert!(message.contains("give --dropout 0"), "{message}");
 }

@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     };
     let mut report = compare(arguments, &artifact, &checkpoint, &prompts)?;
     if !arguments.against_f32.is_empty() {
-        report.quality = Some(cost(arguments, &artifact, checkpoint)?);
+        report.quality = Some(cost(arguments, &artifact, &checkpoint)?);
     }
     screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
@@ -123,7 +123,7 @@ fn compare(
 }
 
 /// What the precision costs, on text.
-fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: Checkpoint) -> Result<Quality> {
+fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: &Checkpoint) -> Result<Quality> {
     let tokenizer = Tokenizer::open(&arguments.artifact)?;
     let tokens = sources::tokens(&tokenizer, &arguments.against_f32)?;
     let windows = tokens.chunks_exact(arguments.window.max(1)).take(arguments.limit);
@@ -131,7 +131,7 @@ fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: Checkpoint) -> R
         windows.map(|window| window.iter().map(|&token| token.into()).collect()).collect();
     let mut imported = checkpoint.model.clone();
     prune_modules::prune(&mut imported, &artifact.manifest.plan)?;
-    let mut reference = sources::reference(&imported, &checkpoint, arguments.device)?;
+    let mut reference = sources::reference(&imported, checkpoint, arguments.device)?;
     measure(arguments, artifact, &mut reference, &windows)
 }
 

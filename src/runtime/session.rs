@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::locate::{Found, install_command};
 use super::placement::{self, Placement};
 use super::{Runtime, Version};
+use crate::onnx;
 
 /// Where the graph runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -145,6 +146,9 @@ pub enum Error {
     /// Its nodes did not run where they should.
     #[error(transparent)]
     Placement(#[from] placement::Error),
+    /// The graph that tries a provider could not be written: a bug.
+    #[error("the graph that tries a provider: {0}")]
+    Probe(#[from] onnx::proto::Error),
     /// No profile came of it.
     #[error("ONNX Runtime wrote no profile: {0}")]
     Profile(#[source] ort::Error),
@@ -284,7 +288,10 @@ fn temporary() -> PathBuf {
 ///
 /// [`Error::NoProvider`] or [`Error::ProviderFailed`], which name what is missing.
 pub fn try_provider(runtime: &Runtime, provider: Provider) -> Result<(), Error> {
-    builder(runtime, &Options { provider, ..Options::default() }).map(drop)
+    let options = Options { provider, ..Options::default() };
+    // Registering a provider touches no device; opening a graph on it does.
+    let graph = onnx::probe()?;
+    Session::from_bytes(runtime, &graph, Path::new("."), &options).map(drop)
 }
 
 fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error> {

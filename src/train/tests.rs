@@ -43,7 +43,7 @@ fn parts(router: bool) -> Parts {
 /// On a device both the kernels and the base's precision are others; both run on the processor too.
 pub(super) fn parts_as(router: bool, kernels: Kernels, dtype: DType) -> Parts {
     let checkpoint = checkpoint(router);
-    let options = Options { kernels, dtype, ..Options::default() };
+    let options = Options { dtype, kernels, ..Options::default() };
     let model = validate(&checkpoint.model).unwrap();
     Reference::load_with(model, &checkpoint.sources, options).unwrap().into_parts()
 }
