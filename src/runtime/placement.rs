@@ -126,9 +126,9 @@ struct Args {
     op_name: Option<String>,
     provider: Option<String>,
     #[serde(default)]
-    input_type_shape: Vec<BTreeMap<String, Vec<u64>>>,
+    input_type_shape: Vec<BTreeMap<String, Vec<i64>>>,
     #[serde(default)]
-    output_type_shape: Vec<BTreeMap<String, Vec<u64>>>,
+    output_type_shape: Vec<BTreeMap<String, Vec<i64>>>,
 }
 
 impl Args {
@@ -161,8 +161,9 @@ enum Kind {
     Stray,
 }
 
-fn elements(shape: &[u64]) -> u64 {
-    shape.iter().fold(1, |product, dim| product.saturating_mul(*dim))
+fn elements(shape: &[i64]) -> u64 {
+    let dims = shape.iter().map(|dim| u64::try_from(*dim).unwrap_or_default());
+    dims.fold(1, u64::saturating_mul)
 }
 
 /// Bytes of an element, by the profile's name of its type.

@@ -333,7 +333,11 @@ fn with_provider(
     match provider {
         Provider::Cpu => Ok(builder),
         Provider::Cuda => builder
-            .with_execution_providers([ep::CUDA::default().build().error_on_failure()])
+            // `f32` is `f32`: on by default, TF32 would keep 10 bits of a product's operands.
+            .with_execution_providers([ep::CUDA::default()
+                .with_tf32(false)
+                .build()
+                .error_on_failure()])
             .map_err(|error| Error::ProviderFailed {
                 provider,
                 path: found.path.clone(),
