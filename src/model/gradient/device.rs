@@ -128,7 +128,7 @@ struct Core {
     dtype: DType,
 }
 
-/// [`super::attention`]: causal self-attention of whole sequences, `RoPE` included.
+/// [`super::attention()`]: causal self-attention of whole sequences, `RoPE` included.
 ///
 /// The shares are computed again in the backward, some sequences at a time:
 ///
