@@ -126,7 +126,8 @@ impl ProviderReport {
             Err(session::Error::NoProvider { .. }) => {
                 Some(format!("this ONNX Runtime has none; {}", install_command(provider)))
             }
-            Err(error) => Some(error.to_string()),
+            // ONNX Runtime's own messages have line breaks.
+            Err(error) => Some(error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")),
         };
         Self { provider, works: reason.is_none(), reason }
     }

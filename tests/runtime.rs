@@ -311,6 +311,21 @@ fn the_first_step_tells_where_its_nodes_ran() {
         assert_eq!(placement.nodes[Provider::Cpu.name()], placement.total());
         assert!(placement.stray.is_empty() && placement.to_host.count == 0);
     }
+    // Nothing of the profile stays behind, of a session that ran or of one that did not.
+    let own = format!("skipgpt-export-{}-", std::process::id());
+    drop((decoder, open(Tiny::Plain, &options)));
+    let left = || {
+        let entries = fs::read_dir(std::env::temp_dir()).unwrap().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&own)).count()
+    };
+    // Another test of this process may be trying a provider.
+    let gone = (0..100).any(|_| {
+        left() == 0 || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            false
+        }
+    });
+    assert!(gone, "{} directories are left", left());
     // The cache's time alone is a step too.
     let mut decoder = OnnxDecoder::new(open(Tiny::Plain, &options), Vec::new()).unwrap();
     decoder.advance(&Input::prompts(&[vec![5, 1, 2]], Logits::All)).unwrap();

@@ -146,6 +146,14 @@ pub enum Error {
     /// Its nodes did not run where they should.
     #[error(transparent)]
     Placement(#[from] placement::Error),
+    /// There is no place for the profile of the first step.
+    #[error("{}: cannot be created, for the profile of the first step: {source}", path.display())]
+    Scratch {
+        /// The directory.
+        path: PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
     /// The graph that tries a provider could not be written: a bug.
     #[error("the graph that tries a provider: {0}")]
     Probe(#[from] onnx::proto::Error),
@@ -159,8 +167,9 @@ pub enum Error {
 pub struct Session {
     pub(super) inner: ort::session::Session,
     provider: Provider,
-    /// Whether the next step is profiled for its nodes' places.
-    unsettled: bool,
+    /// Where the next step is profiled for its nodes' places; goes after the session, which may write
+    /// there to its end.
+    scratch: Option<Scratch>,
     placement: Option<Placement>,
 }
 
@@ -171,9 +180,10 @@ impl Session {
         if !path.is_file() {
             return Err(Error::NoModel { path: path.to_owned() });
         }
-        let mut builder = builder(runtime, options)?;
+        let scratch = options.settles().then(Scratch::new).transpose()?;
+        let mut builder = builder(runtime, options, scratch.as_ref())?;
         let inner = builder.commit_from_file(path);
-        Self::opened(inner, path, options)
+        Self::opened(inner, path, options, scratch)
     }
 
     /// Loads the graph in `bytes`, a serialised `ModelProto`, whose external data lies in
@@ -187,25 +197,22 @@ impl Session {
         let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
         let name =
             absolute.to_str().ok_or_else(|| Error::FolderName { path: folder.to_owned() })?;
-        let mut builder = builder(runtime, options)?
+        let scratch = options.settles().then(Scratch::new).transpose()?;
+        let mut builder = builder(runtime, options, scratch.as_ref())?
             .with_config_entry("session.model_external_initializers_file_folder_path", name)
             .map_err(|error| Error::Options(error.into()))?;
         let inner = builder.commit_from_memory(bytes);
-        Self::opened(inner, folder, options)
+        Self::opened(inner, folder, options, scratch)
     }
 
     fn opened(
         inner: ort::Result<ort::session::Session>,
         path: &Path,
         options: &Options,
+        scratch: Option<Scratch>,
     ) -> Result<Self, Error> {
         match inner {
-            Ok(inner) => Ok(Self {
-                inner,
-                provider: options.provider,
-                unsettled: options.settles(),
-                placement: None,
-            }),
+            Ok(inner) => Ok(Self { inner, provider: options.provider, scratch, placement: None }),
             Err(source) => Err(Error::Model { path: path.to_owned(), source }),
         }
     }
@@ -237,14 +244,9 @@ impl Session {
     ///
     /// [`Error::Placement`] if some ran elsewhere than they were asked to.
     pub(super) fn settle(&mut self) -> Result<(), Error> {
-        if !std::mem::take(&mut self.unsettled) {
-            return Ok(());
-        }
+        let Some(_scratch) = self.scratch.take() else { return Ok(()) };
         let path = self.end_profile()?;
-        let placement = Placement::read(&path, self.provider);
-        // A file among temporary ones that stays costs its few kilobytes and nothing else.
-        let _ = std::fs::remove_file(&path);
-        let placement = placement?;
+        let placement = Placement::read(&path, self.provider)?;
         tracing::info!("{placement}");
         placement.check()?;
         self.placement = Some(placement);
@@ -257,17 +259,6 @@ impl Session {
     }
 }
 
-impl Drop for Session {
-    /// A session that never ran leaves no profile behind.
-    fn drop(&mut self) {
-        if self.unsettled
-            && let Ok(path) = self.end_profile()
-        {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
 impl Options {
     /// Whether the first step is profiled for its nodes' places.
     fn settles(&self) -> bool {
@@ -275,11 +266,32 @@ impl Options {
     }
 }
 
-/// Where the profile of a first step goes.
-fn temporary() -> PathBuf {
-    static NUMBER: AtomicUsize = AtomicUsize::new(0);
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    std::env::temp_dir().join(format!("skipgpt-export-{}-{number}", std::process::id()))
+/// A directory of its own for a profile that nobody keeps.
+#[derive(Debug)]
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self, Error> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!("skipgpt-export-{}-{number}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            match std::fs::create_dir(&path) {
+                Ok(()) => return Ok(Self(path)),
+                // Left by another process that had this one's number.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(Error::Scratch { path, source }),
+            }
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A directory among temporary ones that stays costs its few kilobytes and nothing else.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Whether `provider` starts on this machine.
@@ -291,10 +303,21 @@ pub fn try_provider(runtime: &Runtime, provider: Provider) -> Result<(), Error> 
     let options = Options { provider, ..Options::default() };
     // Registering a provider touches no device; opening a graph on it does.
     let graph = onnx::probe()?;
-    Session::from_bytes(runtime, &graph, Path::new("."), &options).map(drop)
+    match Session::from_bytes(runtime, &graph, Path::new("."), &options) {
+        Ok(_) => Ok(()),
+        Err(Error::Model { source, .. }) => {
+            let path = runtime.found().path.clone();
+            Err(Error::ProviderFailed { provider, path, source })
+        }
+        Err(error) => Err(error),
+    }
 }
 
-fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error> {
+fn builder(
+    runtime: &Runtime,
+    options: &Options,
+    scratch: Option<&Scratch>,
+) -> Result<SessionBuilder, Error> {
     let level = match options.optimization {
         Optimization::Off => GraphOptimizationLevel::Disable,
         Optimization::Basic => GraphOptimizationLevel::Level1,
@@ -309,8 +332,8 @@ fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(refused)?;
     }
-    let temporary = options.settles().then(temporary);
-    if let Some(profile) = options.profile.as_ref().or(temporary.as_ref()) {
+    let scratch = scratch.map(|scratch| scratch.0.join("profile"));
+    if let Some(profile) = options.profile.as_ref().or(scratch.as_ref()) {
         builder = builder.with_profiling(profile).map_err(refused)?;
     }
     with_provider(builder, options.provider, runtime.found())
