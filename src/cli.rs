@@ -19,6 +19,8 @@ pub(crate) mod verify;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use skipgpt_export::device::Compute;
+use skipgpt_export::runtime::session;
 
 /// Compiles language models with trained SkipGPT routers to ONNX artifacts that skip the work.
 #[derive(Debug, Parser)]
@@ -91,6 +93,33 @@ pub(crate) struct RuntimeArguments {
 pub(crate) enum Provider {
     Cpu,
     Cuda,
+}
+
+impl From<Provider> for session::Provider {
+    fn from(provider: Provider) -> Self {
+        match provider {
+            Provider::Cpu => Self::Cpu,
+            Provider::Cuda => Self::Cuda,
+        }
+    }
+}
+
+/// Where candle computes: training, and the model as it was imported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Device {
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU; in a build of `make cuda`
+    Cuda,
+}
+
+impl From<Device> for Compute {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Cpu => Self::Cpu,
+            Device::Cuda => Self::Cuda,
+        }
+    }
 }
 
 /// Where a report goes besides the terminal.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::device::Compute;
+use crate::runtime::cuda::{self, Library};
 use crate::runtime::locate::{How, Outcome, install_command};
 use crate::runtime::{self, Found, Provider, Runtime, Search, Version, session};
 
@@ -19,6 +21,10 @@ pub struct Report {
     pub looked_at: Vec<Place>,
     /// Which providers start on this machine.
     pub providers: Vec<ProviderReport>,
+    /// What the CUDA provider needs, and what of it is there; empty without ONNX Runtime.
+    pub cuda: Vec<Library>,
+    /// Whether this build trains, and runs checkpoints, on a GPU, and why not.
+    pub device: DeviceReport,
     /// What is wrong; empty where `export`, `verify` and `generate` all work on the processor.
     pub problems: Vec<Problem>,
 }
@@ -40,6 +46,15 @@ pub struct ProviderReport {
     /// Which.
     pub provider: Provider,
     /// Whether it starts.
+    pub works: bool,
+    /// Why not.
+    pub reason: Option<String>,
+}
+
+/// Candle on a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeviceReport {
+    /// Whether the GPU answers.
     pub works: bool,
     /// Why not.
     pub reason: Option<String>,
@@ -84,12 +99,16 @@ impl Report {
                 (all.map(|provider| ProviderReport::new(&runtime, provider)).into(), None)
             }
         };
+        let cuda = outcome.found.as_ref().map(|found| cuda::libraries(&found.path));
+        let reason = Compute::Cuda.open().err().map(|error| error.to_string());
         let problems = problem.map(|(problem, command)| Problem { problem, command });
         Self {
             version: env!("CARGO_PKG_VERSION"),
             onnxruntime: outcome.found,
             looked_at,
             providers,
+            cuda: cuda.unwrap_or_default(),
+            device: DeviceReport { works: reason.is_none(), reason },
             problems: problems.into_iter().collect(),
         }
     }
@@ -107,7 +126,8 @@ impl ProviderReport {
             Err(session::Error::NoProvider { .. }) => {
                 Some(format!("this ONNX Runtime has none; {}", install_command(provider)))
             }
-            Err(error) => Some(error.to_string()),
+            // ONNX Runtime's own messages have line breaks.
+            Err(error) => Some(error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")),
         };
         Self { provider, works: reason.is_none(), reason }
     }
@@ -126,6 +146,11 @@ impl fmt::Display for Report {
             let state = reason.as_deref().unwrap_or("works");
             writeln!(f, "  {:<10} {state}", provider.to_string())?;
         }
+        for library in &self.cuda {
+            writeln!(f, "    {library}")?;
+        }
+        let state = self.device.reason.as_deref().unwrap_or("works");
+        writeln!(f, "training and checkpoints on a GPU: {state}")?;
         if !self.looked_at.is_empty() {
             writeln!(f, "looked for ONNX Runtime in vain at")?;
         }
@@ -172,6 +197,7 @@ mod tests {
         assert!(!report.is_healthy());
         expect![[r"
             skipgpt-export 0.1.0
+            training and checkpoints on a GPU: this build of skipgpt-export computes on the processor alone (its feature `cuda` is off); `make cuda` builds one that runs on a GPU, as target/cuda/release/skipgpt-export
             looked for ONNX Runtime in vain at
               --onnxruntime: not given
               target/runtime: /a/target/runtime: there is no such file or directory

@@ -3,6 +3,7 @@ pub mod artifact;
 pub mod bench;
 pub mod checkpoint;
 pub mod decoder;
+pub mod device;
 pub mod doctor;
 pub mod eval;
 pub mod generate;

@@ -173,6 +173,8 @@ pub(crate) struct Parts {
     pub(crate) layers: Vec<Layer>,
     pub(crate) norm: Norm,
     pub(crate) head: Linear,
+    /// Which form of the operations they were loaded for.
+    pub(crate) kernels: Kernels,
 }
 
 /// What the layers read in one step.
@@ -196,8 +198,9 @@ impl Reference {
 
     /// The tensors, without the cache.
     pub(crate) fn into_parts(self) -> Parts {
-        let Self { config, frequencies, embedding, layers, norm, head, .. } = self;
-        Parts { config, frequencies, embedding, layers, norm, head }
+        let Self { config, options, frequencies, embedding, layers, norm, head, .. } = self;
+        let kernels = options.kernels;
+        Parts { config, frequencies, embedding, layers, norm, head, kernels }
     }
 
     /// Evaluates every weight into memory, as `options` say.

@@ -11,6 +11,7 @@ pub mod force;
 pub mod graph;
 mod lower;
 mod mlp;
+mod probe;
 pub mod proto;
 mod quantized;
 mod router;
@@ -19,6 +20,7 @@ mod text;
 pub mod without;
 
 pub use lower::ROUTING;
+pub use probe::probe;
 pub use router::{RouterMargins, router_margins};
 
 use serde::{Deserialize, Serialize};

@@ -4,14 +4,20 @@ use skipgpt_passes::ir::{Config, Dispatch};
 use skipgpt_passes::plan::{Plan, Quantization};
 
 use crate::profile::{PlanError, Profile};
+use crate::runtime::Provider;
 
 /// What may be chosen about an export.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Choices {
-    /// How routed modules skip; `None` for what was measured to be fastest on a CPU: a branch
-    /// around attention, whose core would run for skipped tokens too, and gathered MLP rows, which
-    /// cost less than a branch (`docs/lowering.md` has the numbers).
+    /// How routed modules skip; `None` for what is best on `provider`.
+    ///
+    /// On a CPU that was measured: a branch around attention, whose core would run for skipped tokens
+    /// too, and gathered MLP rows, which cost less than a branch (`docs/lowering.md` has the numbers).
+    /// On a GPU nothing was, and every decision that changes what runs is waited for there; so every
+    /// module is computed, and nothing can be slower than that.
     pub dispatch: Option<Dispatch>,
+    /// The ONNX Runtime provider the artifact is made for.
+    pub provider: Provider,
     /// Which weights are stored in few bits, and how.
     pub quantization: Option<Quantization>,
     /// Whether weights may be rearranged: not when they are shared with the checkpoint.
@@ -39,7 +45,12 @@ pub enum Error {
 ///
 /// [`Error`] if thresholds are out of range, or the profile is missing or of another model.
 pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Result<Plan, Error> {
-    let Choices { dispatch, quantization, rearrange, prune_below, always_above } = choices;
+    let Choices { dispatch, provider, quantization, rearrange, prune_below, always_above } =
+        choices;
+    let auto = match provider {
+        Provider::Cpu => Dispatch::Conditional,
+        Provider::Cuda => Dispatch::Masked,
+    };
     let mut plan = Plan {
         removed: Vec::new(),
         always: Vec::new(),
@@ -48,8 +59,8 @@ pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Re
         // products at one token, slower at many.
         fuse_gate_up: false,
         quantization,
-        attention_dispatch: dispatch.unwrap_or(Dispatch::Conditional),
-        mlp_dispatch: dispatch.unwrap_or(Dispatch::Conditional),
+        attention_dispatch: dispatch.unwrap_or(auto),
+        mlp_dispatch: dispatch.unwrap_or(auto),
     };
     if let Some(profile) = profile {
         let selection = profile.plan(config, prune_below, always_above)?;
@@ -61,4 +72,26 @@ pub fn build(config: &Config, choices: Choices, profile: Option<&Profile>) -> Re
         return Err(Error::NoProfile("always-above"));
     }
     Ok(plan)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+    use crate::artifact::testing::config;
+
+    #[test]
+    fn auto_dispatch_is_the_providers() {
+        let planned = |choices| {
+            let plan = build(&config(), choices, None).unwrap();
+            (plan.attention_dispatch, plan.mlp_dispatch)
+        };
+        let (masked, gathered) = (Dispatch::Masked, Dispatch::Gathered);
+        assert_eq!(planned(Choices::default()), (Dispatch::Conditional, gathered));
+        let cuda = Choices { provider: Provider::Cuda, ..Choices::default() };
+        assert_eq!(planned(cuda), (masked, masked));
+        let told = Choices { dispatch: Some(gathered), ..cuda };
+        assert_eq!(planned(told), (gathered, gathered));
+    }
 }

@@ -10,18 +10,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 
+pub mod cuda;
 pub mod decoder;
 #[cfg(target_os = "linux")]
 mod elf;
 mod interface;
 mod library;
 pub mod locate;
+mod logits;
+pub mod placement;
 pub mod session;
 mod tensor;
 
 pub use self::decoder::OnnxDecoder;
 pub use self::library::{BadVersion, Rejection, Version};
 pub use self::locate::{Found, Search};
+pub use self::placement::Placement;
 pub use self::session::{Optimization, Options, Provider, Session};
 
 /// ONNX Runtime, loaded. A process loads one library and keeps it.

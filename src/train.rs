@@ -1,7 +1,7 @@
 //! Training of what is exported: routers, then an adapter around them.
 //!
 //! Both stages run over the same modules that verify artifacts ([`crate::model`]), with the base
-//! frozen, on the CPU in `f32`. A run is a directory:
+//! frozen, on the CPU in `f32` or on a GPU ([`Request::device`]). A run is a directory:
 //!
 //! ```text
 //! run.json            settings and what identifies the inputs
@@ -23,6 +23,7 @@ pub mod events;
 mod loss;
 pub mod metrics;
 mod network;
+mod on_device;
 pub mod optimizer;
 pub mod output;
 mod parameters;
@@ -44,6 +45,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Error as CandleError;
 
 use crate::checkpoint::Checkpoint;
+use crate::device::{self, Compute};
 use crate::text::Tokenizer;
 use crate::world::{Stopped, World};
 use crate::{artifact, model};
@@ -74,6 +76,8 @@ pub struct Request<'a> {
     pub resume: bool,
     /// What decides the result.
     pub settings: &'a Settings,
+    /// Where it is computed.
+    pub device: Compute,
     /// What does not.
     pub options: Options,
     /// Those who train together; each is given the same request.
@@ -161,6 +165,29 @@ pub enum Error {
     /// Stage 2 without stage 1.
     #[error("{}: has no routers; LoRA tuning needs those that router tuning gave: name them with --router", .0.display())]
     NoRouters(PathBuf),
+    /// Nothing computes there.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// Dropout is drawn on the host.
+    #[error(
+        "dropout of {0} on cuda: its factors are drawn on the processor, one by one, which a GPU would wait for; give --dropout 0, or train on the processor"
+    )]
+    Dropout(f64),
+    /// The masks of padding are the processor's.
+    #[error(
+        "--pad on cuda: what is computed there counts every token, padding too; leave --pad out, or train on the processor"
+    )]
+    Padding,
+    /// Sums over processes are the processor's.
+    #[error(
+        "{0} processes on cuda: a pass is computed there in one piece, and gradients are not exchanged; start one process, or train on the processor"
+    )]
+    Processes(usize),
+    /// Gradients of activations would have 16 bits with the range of 16.
+    #[error(
+        "a base of f16 on cuda: gradients of activations would be f16 too, which holds no small ones; give --base-dtype bf16 or f32"
+    )]
+    SmallGradients,
     /// A projection that is to be adapted does not stand alone.
     #[error("the targets leave nothing to train")]
     NothingToTrain,

@@ -14,7 +14,7 @@ use crate::decoder::{CacheEntry, Decoder, Input, Output, Peek, Routing};
 use crate::onnx::graph::{Dim, Element, Value};
 use crate::onnx::proto;
 use crate::runtime::session::Provider;
-use crate::runtime::{self, OnnxDecoder, Runtime, Session, session};
+use crate::runtime::{self, OnnxDecoder, Placement, Runtime, Session, session};
 
 /// Why an artifact could not be watched or run.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +109,11 @@ impl Watched {
         let emitted = manifest.options.emit_routing;
         let modules = if emitted { manifest.routing.routed.clone() } else { Vec::new() };
         Ok(Self { decoder: OnnxDecoder::new(session, modules)?, routers })
+    }
+
+    /// Where its nodes ran; told after the first step, on another provider than the CPU's.
+    pub fn placement(&self) -> Option<&Placement> {
+        self.decoder.session().placement()
     }
 
     /// As [`OnnxDecoder::restore`].

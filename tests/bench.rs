@@ -340,8 +340,8 @@ fn attention_by_elementary_operators_is_the_same() {
         let more = ["--router", &router, "--dispatch", dispatch, "--attention", "decomposed"];
         let decomposed = exports.export(&format!("{dispatch}-decomposed"), &more);
         let kinds = [&grouped, &decomposed].map(|path| {
-            let nodes = opened(path).manifest.graph.unwrap().operators;
-            nodes.contains_key("GroupQueryAttention")
+            let operators = opened(path).manifest.graph.unwrap().operators;
+            operators.contains_key("com.microsoft.GroupQueryAttention")
         });
         assert_eq!(kinds, [true, false], "{dispatch}");
         let (mut a, mut b) = (opened_with(&grouped), opened_with(&decomposed));

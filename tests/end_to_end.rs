@@ -88,6 +88,7 @@ pub(crate) fn export_as(
 ) -> Exported {
     let checkpoint = variant.read(case);
     let choices = Choices {
+        provider: session::Provider::Cpu,
         dispatch: Some(dispatch),
         quantization,
         rearrange: !link,

@@ -296,6 +296,58 @@ fn a_profile_is_written_where_it_was_asked_for() {
     assert!(fs::read_to_string(path).unwrap().contains("MatMul"));
 }
 
+/// What a session on a GPU always does, asked of one on the processor.
+#[test]
+fn the_first_step_tells_where_its_nodes_ran() {
+    let options = Options { placement: true, ..Options::default() };
+    let mut decoder = OnnxDecoder::new(open(Tiny::Plain, &options), Vec::new()).unwrap();
+    assert!(decoder.session().placement().is_none());
+    for ids in [vec![5, 1, 2], vec![3]] {
+        decoder.reset();
+        decoder.step(&Input::prompts(&[ids], Logits::All)).unwrap();
+        let placement = decoder.session().placement().unwrap();
+        placement.check().unwrap();
+        assert_eq!(placement.nodes.keys().collect::<Vec<_>>(), [Provider::Cpu.name()]);
+        assert_eq!(placement.nodes[Provider::Cpu.name()], placement.total());
+        assert!(placement.stray.is_empty() && placement.to_host.count == 0);
+    }
+    // Nothing of the profile stays behind, of a session that ran or of one that did not.
+    let own = format!("skipgpt-export-{}-", std::process::id());
+    drop((decoder, open(Tiny::Plain, &options)));
+    let left = || {
+        let entries = fs::read_dir(std::env::temp_dir()).unwrap().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&own)).count()
+    };
+    // Another test of this process may be trying a provider.
+    let gone = (0..100).any(|_| {
+        left() == 0 || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            false
+        }
+    });
+    assert!(gone, "{} directories are left", left());
+    // The cache's time alone is a step too.
+    let mut decoder = OnnxDecoder::new(open(Tiny::Plain, &options), Vec::new()).unwrap();
+    decoder.advance(&Input::prompts(&[vec![5, 1, 2]], Logits::All)).unwrap();
+    assert!(decoder.session().placement().is_some());
+    let mut decoder = OnnxDecoder::new(open(Tiny::Plain, &Options::default()), Vec::new()).unwrap();
+    decoder.step(&Input::prompts(&[vec![5]], Logits::All)).unwrap();
+    assert!(decoder.session().placement().is_none());
+}
+
+#[test]
+fn the_last_tokens_logits_are_those_of_all() {
+    let session = || open(Tiny::Plain, &Options::default());
+    let prompts = [vec![5, 1, 2], vec![3, 4, 1]];
+    let logits = |wanted| {
+        let mut decoder = OnnxDecoder::new(session(), Vec::new()).unwrap();
+        decoder.step(&Input::prompts(&prompts, wanted)).unwrap().logits
+    };
+    let (all, last) = (logits(Logits::All), logits(Logits::Last));
+    assert_eq!(all.dim(), (2, 3, VOCAB));
+    assert_eq!(last, all.slice(ndarray::s![.., 2.., ..]));
+}
+
 #[test]
 fn the_library_states_its_version_and_another_is_not_loaded() {
     let found = loaded().found().clone();

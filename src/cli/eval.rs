@@ -12,13 +12,13 @@ use skipgpt_export::eval::baseline::{self, Similarities, Unit};
 use skipgpt_export::eval::choices::{self, Task, pairs, task};
 use skipgpt_export::eval::report::{self, Earlier, Engine, Measured, Report, Text};
 use skipgpt_export::eval::{self, Options};
-use skipgpt_export::model::Reference;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::world::World;
 use skipgpt_passes::ir::Model;
-use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, ReportArguments, RuntimeArguments, Verdict, screen, sources};
+use super::{
+    CheckpointArguments, Device, ReportArguments, RuntimeArguments, Verdict, screen, sources,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -30,6 +30,9 @@ pub(crate) struct Arguments {
     checkpoint: CheckpointArguments,
     #[command(flatten)]
     runtime: RuntimeArguments,
+    /// Where the checkpoint runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Plain text to predict, one or more files
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "choices")]
     perplexity: Vec<PathBuf>,
@@ -174,7 +177,7 @@ fn similarities(
     dense: &Model,
 ) -> Result<Similarities> {
     let tokens = sources::tokens(tokenizer, &arguments.calibration)?;
-    let mut reference = Reference::load(validate(dense)?, &checkpoint.sources)?;
+    let mut reference = sources::reference(dense, checkpoint, arguments.device)?;
     let limit = Some(arguments.calibration_windows);
     let options = Options { window: arguments.window, stride: None, limit };
     let bar = screen::count("comparing");
@@ -220,6 +223,7 @@ struct Asked<'a> {
     tasks: Vec<Task>,
     choices: choices::Options,
     earlier: Option<Earlier>,
+    device: Device,
 }
 
 impl<'a> Asked<'a> {
@@ -252,7 +256,8 @@ impl<'a> Asked<'a> {
         if !tasks.is_empty() {
             choices::check::<Infallible>(&tasks, &choices)?;
         }
-        Ok(Self { world, texts: arguments.perplexity.clone(), windows, tasks, choices, earlier })
+        let (texts, device) = (arguments.perplexity.clone(), arguments.device);
+        Ok(Self { world, texts, windows, tasks, choices, earlier, device })
     }
 
     fn candle(
@@ -263,7 +268,7 @@ impl<'a> Asked<'a> {
         model: &Model,
     ) -> Result<Measured> {
         let imported: Vec<_> = checkpoint.model.modules().collect();
-        let mut decoder = Reference::load(validate(model)?, &checkpoint.sources)?;
+        let mut decoder = sources::reference(model, checkpoint, self.device)?;
         self.measure(
             tokenizer,
             &mut decoder,

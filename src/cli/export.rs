@@ -9,13 +9,13 @@ use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan, safetensors};
-use skipgpt_passes::ir::{Config, Dispatch, Model};
+use skipgpt_passes::ir::{Config, DType, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
 use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
 
 use super::precision::{PrecisionArgument, PrecisionArguments};
-use super::{CheckpointArguments, ReportArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Provider, ReportArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -35,6 +35,9 @@ pub(crate) struct Arguments {
     /// How attention is lowered (ONNX)
     #[arg(long, value_enum, default_value_t = AttentionArgument::Auto)]
     attention: AttentionArgument,
+    /// The ONNX Runtime provider it is for: what --dispatch and --attention auto choose
+    #[arg(long, value_enum, default_value_t = Provider::Cpu)]
+    provider: Provider,
     /// Keep rates that `profile` measured
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
@@ -45,7 +48,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SHARE")]
     always_above: Option<f64>,
     /// Apply the plan of this file (a plan, or another artifact's manifest) in place of the options
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "profile", "prune_below", "always_above"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "provider", "profile", "prune_below", "always_above"])]
     plan: Option<PathBuf>,
     /// Write the weights, or share the checkpoint's own file where nothing changes
     #[arg(long, value_enum, default_value_t = WeightsArgument::Copy)]
@@ -94,7 +97,7 @@ enum DispatchArgument {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum AttentionArgument {
-    /// Grouped, if heads have a width of whole sixteens
+    /// Grouped, if heads have a width of whole sixteens; decomposed in f32 on cuda
     Auto,
     /// `GroupQueryAttention` where there is one token a sequence; no f32 on CUDA
     Grouped,
@@ -103,9 +106,14 @@ enum AttentionArgument {
 }
 
 impl AttentionArgument {
-    fn attention(self, config: &Config) -> Result<onnx::Attention> {
+    fn attention(self, config: &Config, arguments: &Arguments) -> Result<onnx::Attention> {
         let possible = onnx::Attention::for_config(config);
+        let (provider, dtype) = (arguments.provider, arguments.precision.float());
         match self {
+            // A node without a kernel would be left to the processor, and refused there.
+            Self::Auto if provider == Provider::Cuda && dtype == DType::F32 => {
+                Ok(onnx::Attention::Decomposed)
+            }
             Self::Auto => Ok(possible),
             Self::Decomposed => Ok(onnx::Attention::Decomposed),
             Self::Grouped if possible == onnx::Attention::Grouped => Ok(possible),
@@ -142,7 +150,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let start = Instant::now();
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;
-    let attention = arguments.attention.attention(&checkpoint.model.config)?;
+    let attention = arguments.attention.attention(&checkpoint.model.config, arguments)?;
     let passes = match (&arguments.stop_after, arguments.format) {
         (Some(name), _) => registry::through(name)?,
         (None, FormatArgument::Onnx) => PASSES,
@@ -228,6 +236,7 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     let profile = arguments.profile.as_deref().map(profile::read::read).transpose()?;
     let choices = plan::Choices {
         dispatch: arguments.dispatch.dispatch(),
+        provider: arguments.provider.into(),
         quantization,
         rearrange: !link,
         prune_below: arguments.prune_below,

@@ -8,12 +8,15 @@ use skipgpt_export::text::Tokenizer;
 use skipgpt_export::world::World;
 use skipgpt_export::{eval, profile};
 
-use super::{CheckpointArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Device, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     checkpoint: CheckpointArguments,
+    /// Where the checkpoint runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Plain text, one or more files
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     text: Vec<PathBuf>,
@@ -38,7 +41,7 @@ pub(crate) fn run(arguments: &Arguments, world: &dyn World) -> Result<Verdict> {
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let tokens = sources::tokens(&tokenizer, &arguments.text)?;
-    let mut reference = sources::reference(&checkpoint)?;
+    let mut reference = sources::reference(&checkpoint.model, &checkpoint, arguments.device)?;
     let options = eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
     let bar = screen::count("profiling");
     let config = &checkpoint.model.config;

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use skipgpt_export::artifact::{self, Artifact};
 use skipgpt_export::checkpoint::{self, Checkpoint};
-use skipgpt_export::model::Reference;
+use skipgpt_export::device::Compute;
+use skipgpt_export::model::{self, Reference};
 use skipgpt_export::runtime::{Runtime, Version, session};
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::watch::Watched;
+use skipgpt_passes::ir::Model;
 use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, Provider, RuntimeArguments, screen};
+use super::{CheckpointArguments, Device, RuntimeArguments, screen};
 
 /// Reads the checkpoint that was named.
 pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> {
@@ -24,9 +26,14 @@ pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> 
     })?)
 }
 
-/// The reference that runs a checkpoint as it was imported.
-pub(crate) fn reference(checkpoint: &Checkpoint) -> Result<Reference> {
-    Ok(Reference::load(validate(&checkpoint.model)?, &checkpoint.sources)?)
+/// The reference that runs `model`, a form of the checkpoint's, in `f32`.
+pub(crate) fn reference(
+    model: &Model,
+    checkpoint: &Checkpoint,
+    device: Device,
+) -> Result<Reference> {
+    let options = model::Options { device: Compute::from(device).open()?, ..Default::default() };
+    Ok(Reference::load_with(validate(model)?, &checkpoint.sources, options)?)
 }
 
 /// Finds ONNX Runtime, of at least the version an artifact asks for.
@@ -39,11 +46,11 @@ pub(crate) fn runtime(arguments: &RuntimeArguments, artifact: &Artifact) -> Resu
 
 /// How sessions are to run.
 pub(crate) fn session_options(arguments: &RuntimeArguments) -> session::Options {
-    let provider = match arguments.provider {
-        Provider::Cpu => session::Provider::Cpu,
-        Provider::Cuda => session::Provider::Cuda,
-    };
-    session::Options { provider, threads: arguments.threads, ..session::Options::default() }
+    session::Options {
+        provider: arguments.provider.into(),
+        threads: arguments.threads,
+        ..session::Options::default()
+    }
 }
 
 /// An artifact, opened and compared with its manifest's hashes.

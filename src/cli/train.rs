@@ -12,7 +12,7 @@ use skipgpt_export::train::settings::{Base, Lora, Router, Settings, Stage, Targe
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
 use skipgpt_export::world::World;
 
-use super::{CheckpointArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Device, Verdict, screen, sources};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -120,6 +120,9 @@ pub(crate) struct CommonArguments {
     /// for nothing
     #[arg(long)]
     pad: bool,
+    /// Where it is trained; cuda in a build of `make cuda`
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Of initial weights, noise and the order of the windows
     #[arg(long, default_value_t = 43)]
     seed: u64,
@@ -138,9 +141,10 @@ pub(crate) struct CommonArguments {
     /// Clip gradients to this norm; 0 leaves them
     #[arg(long, value_name = "NORM", default_value_t = 1.0)]
     clip: f64,
-    /// What the frozen base is kept in; products, routers, adapters and losses are f32
-    #[arg(long, value_enum, value_name = "DTYPE", default_value_t = BaseDtype::F32)]
-    base_dtype: BaseDtype,
+    /// What the frozen base is kept in, and on cuda activations too; routers, adapters and losses
+    /// are f32 [default: f32 on cpu, bf16 on cuda]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    base_dtype: Option<BaseDtype>,
     /// Learn the dense model's predictions in place of the text
     #[arg(long)]
     distill: bool,
@@ -225,6 +229,16 @@ impl From<Projection> for Target {
             Projection::Gate => Self::Gate,
             Projection::Up => Self::Up,
             Projection::Down => Self::Down,
+        }
+    }
+}
+
+impl CommonArguments {
+    fn base(&self) -> Base {
+        match (self.base_dtype, self.device) {
+            (Some(dtype), _) => dtype.into(),
+            (None, Device::Cpu) => Base::F32,
+            (None, Device::Cuda) => Base::Bf16,
         }
     }
 }
@@ -323,7 +337,7 @@ fn settings(stage: Stage, common: &CommonArguments, defaults: &Defaults) -> Sett
             weight_decay: common.weight_decay,
             clip: (common.clip != 0.0).then_some(common.clip),
         },
-        base: common.base_dtype.into(),
+        base: common.base(),
         distill: common.distill,
         hold_out: (!none).then_some(common.hold_out),
     }
@@ -350,6 +364,7 @@ fn start(
         cache: common.cache.as_deref(),
         resume: common.resume,
         settings,
+        device: common.device.into(),
         options: Options {
             recompute: common.recompute,
             evaluate_every: common.eval_every,

@@ -15,7 +15,9 @@ use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
 use skipgpt_passes::prune_modules;
 
-use super::{CheckpointArguments, ReportArguments, RuntimeArguments, Verdict, screen, sources};
+use super::{
+    CheckpointArguments, Device, ReportArguments, RuntimeArguments, Verdict, screen, sources,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -25,6 +27,9 @@ pub(crate) struct Arguments {
     checkpoint: CheckpointArguments,
     #[command(flatten)]
     runtime: RuntimeArguments,
+    /// Where the checkpoint runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Prompts to compare on, one a line, in place of drawn tokens
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
@@ -63,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     };
     let mut report = compare(arguments, &artifact, &checkpoint, &prompts)?;
     if !arguments.against_f32.is_empty() {
-        report.quality = Some(cost(arguments, &artifact, checkpoint)?);
+        report.quality = Some(cost(arguments, &artifact, &checkpoint)?);
     }
     screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
@@ -85,7 +90,7 @@ fn compare(
     // The reference runs what was imported, adapter unmerged; only removals are the plan's, and the
     // values of quantised weights the artifact's.
     let (read, nearness) = readback::read(artifact, checkpoint)?;
-    let mut reference = sources::reference(&read)?;
+    let mut reference = sources::reference(&read.model, &read, arguments.device)?;
 
     let dtype = artifact.manifest.options.dtype;
     let options = verify::Options {
@@ -103,6 +108,7 @@ fn compare(
             bar.set_message(progress.case.to_owned());
         })?;
     bar.finish_and_clear();
+    report.placement = watched.placement().cloned();
     if let Some(nearness) = nearness {
         report.compare_weights(nearness);
     }
@@ -117,7 +123,7 @@ fn compare(
 }
 
 /// What the precision costs, on text.
-fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: Checkpoint) -> Result<Quality> {
+fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: &Checkpoint) -> Result<Quality> {
     let tokenizer = Tokenizer::open(&arguments.artifact)?;
     let tokens = sources::tokens(&tokenizer, &arguments.against_f32)?;
     let windows = tokens.chunks_exact(arguments.window.max(1)).take(arguments.limit);
@@ -125,7 +131,7 @@ fn cost(arguments: &Arguments, artifact: &Artifact, checkpoint: Checkpoint) -> R
         windows.map(|window| window.iter().map(|&token| token.into()).collect()).collect();
     let mut imported = checkpoint.model.clone();
     prune_modules::prune(&mut imported, &artifact.manifest.plan)?;
-    let mut reference = sources::reference(&Checkpoint { model: imported, ..checkpoint })?;
+    let mut reference = sources::reference(&imported, checkpoint, arguments.device)?;
     measure(arguments, artifact, &mut reference, &windows)
 }
 

@@ -10,6 +10,7 @@ use super::gradient::{self, Causal, Frozen};
 use super::linear::Linear;
 use super::mlp::halves;
 use super::norm::Norm;
+use super::ops::Kernels;
 use super::router::{Routing, Rows};
 use super::step::Step;
 
@@ -110,7 +111,9 @@ impl Attention {
             return Ok(x.clone());
         }
         let heads = (self.heads, self.kv_heads, self.head_dim);
-        if let (Rows::Sampled(keep), Some(frozen)) = (rows, self.frozen()) {
+        if let (Rows::Sampled(keep), Some(frozen), Kernels::Differentiable) =
+            (rows, self.frozen(), step.kernels)
+        {
             let norm = (&self.norm.scale, self.norm.eps);
             return gradient::sampled_attention([x, keep], norm, frozen, tokens, heads);
         }
@@ -120,7 +123,11 @@ impl Attention {
         let query = head_norm(self.q_norm.as_ref(), query, self.head_dim, step)?;
         let query = rows.spread(&query, step.rows())?;
         let inputs = [&query, &key, &value];
-        let seen = gradient::attention(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
+        let core = match step.kernels {
+            Kernels::Device => gradient::device::attention,
+            _ => gradient::attention,
+        };
+        let seen = core(tokens, inputs, self.heads, self.kv_heads, self.head_dim)?;
         rows.add(x, &self.o.forward_rows(&rows.gather(&seen)?, rows, step.kernels)?)
     }
 

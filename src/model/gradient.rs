@@ -10,11 +10,15 @@
 //! The backward of projections and attention look for rows of zeros and leave them out, so that a
 //! skipped token costs no backward; nothing is approximated. Keep's own gradient needs the module's
 //! output for every token, which is why the forward computes them all.
+//!
+//! On a device, and in another precision than `f32`, [`device`] has the same operations.
 
 mod add;
 mod attention;
+pub(crate) mod device;
 pub(crate) mod exp;
 mod keep;
+mod known;
 mod linear;
 mod module;
 mod norm;
@@ -24,19 +28,35 @@ mod swiglu;
 mod tests;
 mod values;
 
-pub(crate) use add::routed_add;
 pub(crate) use attention::{Causal, attention};
-pub(crate) use keep::straight_through;
 pub(crate) use linear::frozen_linear;
 pub(crate) use module::{Frozen, sampled_attention, sampled_mlp};
 pub(crate) use norm::rms_norm;
-pub(crate) use seed::seed;
 pub(crate) use swiglu::swiglu;
 pub(crate) use values::{hold, widened};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 /// Whether the operations here take `x`: `f32` in the host's memory.
 pub(crate) fn takes(x: &Tensor) -> bool {
     x.dtype() == DType::F32 && x.device().is_cpu()
+}
+
+/// `x + keep · module`; `x` and `module` `[rows, width]`, `keep` `[rows, 1]` in `f32`.
+pub(crate) fn routed_add(x: &Tensor, module: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    if takes(x) { add::routed_add(x, module, keep) } else { device::routed_add(x, module, keep) }
+}
+
+/// Margins `[rows]` to keep `[rows, 1]`, 0 or 1, with the gradient of the relaxation.
+pub(crate) fn straight_through(margins: &Tensor, noise: &Tensor, tau: f64) -> Result<Tensor> {
+    if takes(margins) {
+        keep::straight_through(margins, noise, tau)
+    } else {
+        device::straight_through(margins, noise, tau)
+    }
+}
+
+/// A scalar whose backward sends `gradient`, of the shape of `y`, into `y`.
+pub(crate) fn seed(y: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    if takes(y) { seed::seed(y, gradient) } else { device::seed(y, gradient) }
 }

@@ -49,7 +49,9 @@ impl Linear {
         let Some(lora) = &self.lora else { return Ok(y) };
         let dropped = lora.dropout.as_ref().map(|dropout| dropout.forward(x, rows)).transpose()?;
         let x = dropped.as_ref().unwrap_or(x);
-        let adapted = x.matmul(&lora.down.t()?)?.matmul(&lora.up.t()?)?;
+        // The adapter is trained in `f32`, whatever the base has.
+        let (down, up) = (lora.down.to_dtype(x.dtype())?, lora.up.to_dtype(x.dtype())?);
+        let adapted = x.matmul(&down.t()?)?.matmul(&up.t()?)?;
         y + (adapted * lora.scale)?
     }
 }

@@ -41,7 +41,9 @@ impl Mlp {
         if matches!(rows, Rows::None) {
             return Ok(x.clone());
         }
-        if let (Rows::Sampled(keep), Some(frozen)) = (rows, self.frozen()) {
+        if let (Rows::Sampled(keep), Some(frozen), Kernels::Differentiable) =
+            (rows, self.frozen(), kernels)
+        {
             return gradient::sampled_mlp([x, keep], (&self.norm.scale, self.norm.eps), frozen);
         }
         let normed = self.norm.forward(&rows.gather(x)?, kernels)?;

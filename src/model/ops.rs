@@ -15,6 +15,8 @@ pub enum Kernels {
     Fused,
     /// For training.
     Differentiable,
+    /// For training on a device, or in another precision than `f32`.
+    Device,
 }
 
 impl Kernels {
@@ -24,6 +26,7 @@ impl Kernels {
             Self::Fused => candle_nn::ops::rms_norm(&x.contiguous()?, scale, eps as f32),
             Self::Differentiable if gradient::takes(x) => gradient::rms_norm(x, scale, eps),
             Self::Differentiable => candle_nn::ops::rms_norm_slow(x, scale, eps as f32),
+            Self::Device => gradient::device::rms_norm(x, scale, eps),
         }
     }
 
@@ -32,6 +35,9 @@ impl Kernels {
     pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         if self == Self::Differentiable && !weight.is_variable() && gradient::takes(x) {
             return gradient::frozen_linear(x, weight, bias);
+        }
+        if self == Self::Device && !weight.is_variable() {
+            return gradient::device::frozen_linear(x, weight, bias);
         }
         let y = x.matmul(&weight.t()?)?;
         match bias {
@@ -54,7 +60,7 @@ impl Kernels {
         let scores = scores.to_dtype(DType::F32)?;
         let shares = match self {
             Self::Fused => candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?,
-            Self::Differentiable => candle_nn::ops::softmax(&scores, D::Minus1)?,
+            Self::Differentiable | Self::Device => candle_nn::ops::softmax(&scores, D::Minus1)?,
         };
         shares.to_dtype(dtype)
     }
@@ -64,7 +70,7 @@ impl Kernels {
     pub fn rope(self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         match self {
             Self::Fused => candle_nn::rotary_emb::rope(&x.contiguous()?, cos, sin),
-            Self::Differentiable => {
+            Self::Differentiable | Self::Device => {
                 let half = x.dim(D::Minus1)? / 2;
                 let (first, second) =
                     (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);

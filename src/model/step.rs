@@ -111,6 +111,23 @@ impl Step {
         })
     }
 
+    /// The same step for [`Kernels::Device`]: its tensors where `base` is, the rotary tables in its
+    /// precision.
+    pub(crate) fn on_device(mut self, base: &Tensor) -> Result<Self> {
+        let table = |table: &Tensor| table.to_device(base.device())?.to_dtype(base.dtype());
+        (self.cos, self.sin) = (table(&self.cos)?, table(&self.sin)?);
+        if let Some(causal) = &mut self.causal {
+            (causal.cos, causal.sin) = (self.cos.clone(), self.sin.clone());
+        }
+        if let Decide::Sampled(relaxation) = &mut self.decide {
+            for noise in relaxation.noise.values_mut() {
+                *noise = noise.to_device(base.device())?;
+            }
+        }
+        self.kernels = Kernels::Device;
+        Ok(self)
+    }
+
     /// Keep `[rows, 1]` of a module whose router says `margins` `[rows]`, where decisions are
     /// sampled.
     pub(super) fn sampled(&self, id: ModuleId, margins: &Tensor) -> Result<Option<Tensor>> {

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use ndarray::{Array2, ArrayD, Axis, Ix3, s};
+use ndarray::{Array2, ArrayD, Ix3};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, SessionOutputs};
 use ort::value::{DynTensor, DynValue, Tensor};
@@ -100,11 +100,7 @@ impl OnnxDecoder {
         let length = past + sequence;
         let shared = holds(self.cache.as_ref(), length);
         let layers = presents(&self.interface, &mut outputs, batch, length, shared)?;
-        let mut logits = to_ranked::<Ix3>(LOGITS, &take(&mut outputs, LOGITS)?)?;
-        let rows = logits.len_of(Axis(1));
-        if input.logits == Logits::Last && rows != 1 {
-            logits = logits.slice_move(s![.., rows.saturating_sub(1).., ..]);
-        }
+        let logits = super::logits::read(&take(&mut outputs, LOGITS)?, input.logits)?;
         let rows = if input.logits == Logits::Last { 1 } else { sequence };
         expect(LOGITS, logits.shape().to_vec(), &[batch, rows, self.interface.vocab])?;
         let routing = match self.modules.len() {
@@ -119,6 +115,8 @@ impl OnnxDecoder {
             .iter()
             .map(|name| to_array(name, outputs.get(name).ok_or_else(|| missing(name))?))
             .collect::<Result<_, Error>>()?;
+        drop(outputs);
+        self.session.settle()?;
         Ok((Output { logits, routing }, extra, layers))
     }
 
@@ -133,6 +131,7 @@ impl OnnxDecoder {
         let shared = holds(self.cache.as_ref(), length);
         let layers = presents(&self.interface, &mut outputs, batch, length, shared)?;
         drop(outputs);
+        self.session.settle()?;
         self.append(input, layers);
         Ok(())
     }
@@ -285,8 +284,9 @@ impl OnnxDecoder {
                 bound.map_err(feed(&half.present))?;
             }
         }
+        binding.bind_output_to_device(LOGITS, &device).map_err(feed(LOGITS))?;
         let routing = (!self.modules.is_empty()).then_some(ROUTING);
-        for name in [LOGITS].iter().chain(&routing).chain(extra) {
+        for name in routing.iter().chain(extra) {
             binding.bind_output_to_device(*name, &host).map_err(feed(name))?;
         }
         Ok(binding)

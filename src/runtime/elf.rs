@@ -15,6 +15,14 @@ const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 /// Segment type of what is mapped.
 const PT_LOAD: u32 = 1;
+/// Segment type of what the dynamic loader reads.
+const PT_DYNAMIC: u32 = 2;
+/// Entries of that: a library that is needed, and where its name and the others are.
+const DT_NEEDED: u64 = 1;
+const DT_STRTAB: u64 = 5;
+const DT_STRSZ: u64 = 10;
+/// Most bytes of either.
+const MOST: u64 = 64 << 20;
 /// File type of shared objects.
 const ET_DYN: u16 = 3;
 
@@ -22,10 +30,49 @@ const ET_DYN: u16 = 3;
 pub(super) fn check(path: &Path) -> Result<(), Rejection> {
     let file = File::open(path).map_err(Rejection::Unreadable)?;
     let size = file.metadata().map_err(Rejection::Unreadable)?.len();
-    examine(file, size)
+    examine(file, size).map(drop)
 }
 
-fn examine(mut file: impl Read + Seek, size: u64) -> Result<(), Rejection> {
+/// The libraries that the one in `path` names as needed, in its order.
+pub(super) fn needed(path: &Path) -> Result<Vec<String>, Rejection> {
+    let mut file = File::open(path).map_err(Rejection::Unreadable)?;
+    let size = file.metadata().map_err(Rejection::Unreadable)?.len();
+    let segments = examine(&mut file, size)?;
+    let segments = || segments.chunks_exact(PROGRAM_HEADER);
+    let part = |file: &mut File, start: u64, length: u64| {
+        let end = start.saturating_add(length);
+        if end > size || length > MOST {
+            return Err(Rejection::Truncated { size, needed: end });
+        }
+        file.seek(SeekFrom::Start(start)).map_err(Rejection::Unreadable)?;
+        read(file, length as usize)
+    };
+    let Some(dynamic) = segments().find(|segment| u32_at(segment, 0) == PT_DYNAMIC) else {
+        return Ok(Vec::new());
+    };
+    let entries = part(&mut file, u64_at(dynamic, 8), u64_at(dynamic, 32))?;
+    let entries = || entries.chunks_exact(16).map(|entry| (u64_at(entry, 0), u64_at(entry, 8)));
+    let value = |tag| entries().find(|(own, _)| *own == tag).map(|(_, value)| value);
+    let (Some(address), Some(length)) = (value(DT_STRTAB), value(DT_STRSZ)) else {
+        return Ok(Vec::new());
+    };
+    // The table's place is an address in memory; the segment around it says where in the file.
+    let place = segments().find_map(|segment| {
+        let (offset, begin) = (u64_at(segment, 8), u64_at(segment, 16));
+        let inside = address.checked_sub(begin).filter(|at| *at < u64_at(segment, 32))?;
+        (u32_at(segment, 0) == PT_LOAD).then(|| offset.saturating_add(inside))
+    });
+    let Some(place) = place else { return Ok(Vec::new()) };
+    let names = part(&mut file, place, length)?;
+    let name = |at: u64| {
+        let rest = names.get(usize::try_from(at).ok()?..)?;
+        Some(String::from_utf8_lossy(rest.split(|byte| *byte == 0).next()?).into_owned())
+    };
+    Ok(entries().filter(|(tag, _)| *tag == DT_NEEDED).filter_map(|(_, at)| name(at)).collect())
+}
+
+/// The program headers of a complete library.
+fn examine(mut file: impl Read + Seek, size: u64) -> Result<Vec<u8>, Rejection> {
     let header = read(&mut file, HEADER)?;
     if header.len() < HEADER || !header.starts_with(b"\x7fELF") {
         return Err(Rejection::NotALibrary);
@@ -51,7 +98,7 @@ fn examine(mut file: impl Read + Seek, size: u64) -> Result<(), Rejection> {
             return Err(Rejection::Truncated { size, needed });
         }
     }
-    Ok(())
+    Ok(segments)
 }
 
 /// The next `length` bytes, or as many as there are.
@@ -105,7 +152,13 @@ mod tests {
     use super::*;
 
     fn examine(bytes: &[u8], size: u64) -> Result<(), Rejection> {
-        super::examine(Cursor::new(bytes), size)
+        super::examine(Cursor::new(bytes), size).map(drop)
+    }
+
+    #[test]
+    fn what_a_program_needs_is_read() {
+        let names = needed(&std::env::current_exe().unwrap()).unwrap();
+        assert!(names.iter().any(|name| name.starts_with("libc.so.")), "{names:?}");
     }
 
     /// A header and one mapped segment of 4,096 bytes at offset 0.

@@ -3,13 +3,16 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ort::ep;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use serde::Serialize;
 
 use super::locate::{Found, install_command};
+use super::placement::{self, Placement};
 use super::{Runtime, Version};
+use crate::onnx;
 
 /// Where the graph runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -83,6 +86,9 @@ pub struct Options {
     pub optimization: Optimization,
     /// Where to write a profile: a path that ONNX Runtime completes with a time and `.json`.
     pub profile: Option<PathBuf>,
+    /// Whether the first step tells where its nodes ran ([`Session::placement`]). On another provider
+    /// than the CPU's it always does, unless a profile is asked for: this is told from one.
+    pub placement: bool,
 }
 
 /// Why there is no session.
@@ -137,6 +143,20 @@ pub enum Error {
         /// What went wrong.
         source: ort::Error,
     },
+    /// Its nodes did not run where they should.
+    #[error(transparent)]
+    Placement(#[from] placement::Error),
+    /// There is no place for the profile of the first step.
+    #[error("{}: cannot be created, for the profile of the first step: {source}", path.display())]
+    Scratch {
+        /// The directory.
+        path: PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// The graph that tries a provider could not be written: a bug.
+    #[error("the graph that tries a provider: {0}")]
+    Probe(#[from] onnx::proto::Error),
     /// No profile came of it.
     #[error("ONNX Runtime wrote no profile: {0}")]
     Profile(#[source] ort::Error),
@@ -147,6 +167,10 @@ pub enum Error {
 pub struct Session {
     pub(super) inner: ort::session::Session,
     provider: Provider,
+    /// Where the next step is profiled for its nodes' places; goes after the session, which may write
+    /// there to its end.
+    scratch: Option<Scratch>,
+    placement: Option<Placement>,
 }
 
 impl Session {
@@ -156,9 +180,10 @@ impl Session {
         if !path.is_file() {
             return Err(Error::NoModel { path: path.to_owned() });
         }
-        let mut builder = builder(runtime, options)?;
+        let scratch = options.settles().then(Scratch::new).transpose()?;
+        let mut builder = builder(runtime, options, scratch.as_ref())?;
         let inner = builder.commit_from_file(path);
-        Self::opened(inner, path, options)
+        Self::opened(inner, path, options, scratch)
     }
 
     /// Loads the graph in `bytes`, a serialised `ModelProto`, whose external data lies in
@@ -172,20 +197,22 @@ impl Session {
         let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
         let name =
             absolute.to_str().ok_or_else(|| Error::FolderName { path: folder.to_owned() })?;
-        let mut builder = builder(runtime, options)?
+        let scratch = options.settles().then(Scratch::new).transpose()?;
+        let mut builder = builder(runtime, options, scratch.as_ref())?
             .with_config_entry("session.model_external_initializers_file_folder_path", name)
             .map_err(|error| Error::Options(error.into()))?;
         let inner = builder.commit_from_memory(bytes);
-        Self::opened(inner, folder, options)
+        Self::opened(inner, folder, options, scratch)
     }
 
     fn opened(
         inner: ort::Result<ort::session::Session>,
         path: &Path,
         options: &Options,
+        scratch: Option<Scratch>,
     ) -> Result<Self, Error> {
         match inner {
-            Ok(inner) => Ok(Self { inner, provider: options.provider }),
+            Ok(inner) => Ok(Self { inner, provider: options.provider, scratch, placement: None }),
             Err(source) => Err(Error::Model { path: path.to_owned(), source }),
         }
     }
@@ -205,9 +232,65 @@ impl Session {
         self.inner.outputs().iter().map(ort::value::Outlet::name)
     }
 
+    /// Where the nodes of the first step ran, once there was one and [`Options::placement`] asked for
+    /// it.
+    pub fn placement(&self) -> Option<&Placement> {
+        self.placement.as_ref()
+    }
+
+    /// After the first step: reads where its nodes ran.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Placement`] if some ran elsewhere than they were asked to.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        let Some(_scratch) = self.scratch.take() else { return Ok(()) };
+        let path = self.end_profile()?;
+        let placement = Placement::read(&path, self.provider)?;
+        tracing::info!("{placement}");
+        placement.check()?;
+        self.placement = Some(placement);
+        Ok(())
+    }
+
     /// Ends the profile that [`Options::profile`] asked for and gives its path.
     pub fn end_profile(&mut self) -> Result<PathBuf, Error> {
         self.inner.end_profiling().map(PathBuf::from).map_err(Error::Profile)
+    }
+}
+
+impl Options {
+    /// Whether the first step is profiled for its nodes' places.
+    fn settles(&self) -> bool {
+        self.profile.is_none() && (self.placement || self.provider != Provider::Cpu)
+    }
+}
+
+/// A directory of its own for a profile that nobody keeps.
+#[derive(Debug)]
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self, Error> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!("skipgpt-export-{}-{number}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            match std::fs::create_dir(&path) {
+                Ok(()) => return Ok(Self(path)),
+                // Left by another process that had this one's number.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(Error::Scratch { path, source }),
+            }
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A directory among temporary ones that stays costs its few kilobytes and nothing else.
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -217,10 +300,24 @@ impl Session {
 ///
 /// [`Error::NoProvider`] or [`Error::ProviderFailed`], which name what is missing.
 pub fn try_provider(runtime: &Runtime, provider: Provider) -> Result<(), Error> {
-    builder(runtime, &Options { provider, ..Options::default() }).map(drop)
+    let options = Options { provider, ..Options::default() };
+    // Registering a provider touches no device; opening a graph on it does.
+    let graph = onnx::probe()?;
+    match Session::from_bytes(runtime, &graph, Path::new("."), &options) {
+        Ok(_) => Ok(()),
+        Err(Error::Model { source, .. }) => {
+            let path = runtime.found().path.clone();
+            Err(Error::ProviderFailed { provider, path, source })
+        }
+        Err(error) => Err(error),
+    }
 }
 
-fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error> {
+fn builder(
+    runtime: &Runtime,
+    options: &Options,
+    scratch: Option<&Scratch>,
+) -> Result<SessionBuilder, Error> {
     let level = match options.optimization {
         Optimization::Off => GraphOptimizationLevel::Disable,
         Optimization::Basic => GraphOptimizationLevel::Level1,
@@ -235,7 +332,8 @@ fn builder(runtime: &Runtime, options: &Options) -> Result<SessionBuilder, Error
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(refused)?;
     }
-    if let Some(profile) = &options.profile {
+    let scratch = scratch.map(|scratch| scratch.0.join("profile"));
+    if let Some(profile) = options.profile.as_ref().or(scratch.as_ref()) {
         builder = builder.with_profiling(profile).map_err(refused)?;
     }
     with_provider(builder, options.provider, runtime.found())
@@ -258,7 +356,11 @@ fn with_provider(
     match provider {
         Provider::Cpu => Ok(builder),
         Provider::Cuda => builder
-            .with_execution_providers([ep::CUDA::default().build().error_on_failure()])
+            // `f32` is `f32`: on by default, TF32 would keep 10 bits of a product's operands.
+            .with_execution_providers([ep::CUDA::default()
+                .with_tf32(false)
+                .build()
+                .error_on_failure()])
             .map_err(|error| Error::ProviderFailed {
                 provider,
                 path: found.path.clone(),

@@ -10,8 +10,14 @@ use super::decoder::Error;
 pub(super) fn to_array(name: &str, value: &DynValue) -> Result<ArrayD<f32>, Error> {
     let failed = |source| Error::Read { name: name.to_owned(), source };
     let tensor = value.view().downcast::<DynTensorValueType>().map_err(failed)?;
+    of_tensor(name, &tensor)
+}
+
+/// As [`to_array`].
+pub(super) fn of_tensor(name: &str, tensor: &DynTensor) -> Result<ArrayD<f32>, Error> {
+    let failed = |source| Error::Read { name: name.to_owned(), source };
     if tensor.memory_info().is_cpu_accessible() {
-        return read(name, &tensor);
+        return read(name, tensor);
     }
     read(name, &tensor.to(AllocationDevice::CPU, 0).map_err(failed)?)
 }
@@ -43,7 +49,11 @@ pub(super) fn to_ranked<D: Dimension>(
     name: &str,
     value: &DynValue,
 ) -> Result<Array<f32, D>, Error> {
-    let array = to_array(name, value)?;
+    ranked(name, to_array(name, value)?)
+}
+
+/// `array`, of rank `D`.
+pub(super) fn ranked<D: Dimension>(name: &str, array: ArrayD<f32>) -> Result<Array<f32, D>, Error> {
     let found = array.shape().to_vec();
     array.into_dimensionality().map_err(|_| Error::Rank {
         name: name.to_owned(),

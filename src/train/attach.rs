@@ -1,6 +1,6 @@
 //! The parameters of a stage, put where the model computes with them.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use skipgpt_passes::ir::{ModuleKind, Tap};
 
 use super::network::Network;
@@ -32,6 +32,7 @@ pub(super) fn routers(
     seed: u64,
 ) -> Result<Network, Error> {
     let hidden = parts.config.hidden_size;
+    let device = &parts.embedding.device().clone();
     let mut parameters = Vec::new();
     for (at, layer) in parts.layers.iter_mut().enumerate() {
         let attention = layer.attention.as_mut().map(|module| &mut module.routing);
@@ -39,8 +40,14 @@ pub(super) fn routers(
         for (kind, routing) in [(ModuleKind::Attention, attention), (ModuleKind::Mlp, mlp)] {
             let Some(routing) = routing else { continue };
             let place = |source| Error::Compute { layer: Some(layer.index), source };
-            let mut new =
-                NewRouter { layer: layer.index, at, kind, seed, parameters: &mut parameters };
+            let mut new = NewRouter {
+                layer: layer.index,
+                at,
+                kind,
+                seed,
+                device,
+                parameters: &mut parameters,
+            };
             let mut width = hidden;
             let mut first = None;
             if let Some(inner) = settings.width {
@@ -72,6 +79,7 @@ struct NewRouter<'a> {
     at: usize,
     kind: ModuleKind,
     seed: u64,
+    device: &'a Device,
     parameters: &'a mut Vec<Parameter>,
 }
 
@@ -88,10 +96,10 @@ impl NewRouter<'_> {
         let name = |of: &str| names::router(self.layer, self.kind, &format!("{part}.{of}"));
         let next = (self.seed, self.parameters.len());
         let uniform = Initial::Uniform { bound };
-        let weight = Parameter::new(name("weight"), self.at, &shape, uniform, next)?;
+        let weight = Parameter::new(name("weight"), self.at, &shape, uniform, next, self.device)?;
         weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
         let biases = Initial::Values(biases);
-        let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, next)?;
+        let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, next, self.device)?;
         let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
         let linear = Linear { weight: tensor(&weight), bias: Some(tensor(&bias)), lora: None };
         self.parameters.extend([weight, bias]);
@@ -106,6 +114,7 @@ pub(super) fn adapters(
     seed: u64,
     clock: &Clock,
 ) -> Result<Network, Error> {
+    let device = &parts.embedding.device().clone();
     let mut parameters = Vec::new();
     for (at, layer) in parts.layers.iter_mut().enumerate() {
         for target in &settings.targets {
@@ -122,12 +131,13 @@ pub(super) fn adapters(
                 &[settings.rank, inner],
                 Initial::Uniform { bound },
                 next(0),
+                device,
             )
             .map_err(place)?;
             let zeros = Initial::Values(vec![0.0; outer * settings.rank]);
             let name = names::lora(&path, "lora_B");
-            let up =
-                Parameter::new(name, at, &[outer, settings.rank], zeros, next(1)).map_err(place)?;
+            let shape = [outer, settings.rank];
+            let up = Parameter::new(name, at, &shape, zeros, next(1), device).map_err(place)?;
             let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
             linear.lora = Some(linear::Lora {
                 down: tensor(&down),

@@ -14,6 +14,7 @@ use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
 use super::batch::{Batch, Totals};
 use super::loss::{self, Loss};
+use super::on_device;
 use super::parameters::Parameter;
 use super::random::{self, Use};
 use crate::model::gradient::{hold, seed, widened};
@@ -38,6 +39,18 @@ pub(super) struct Objective {
     pub(super) distill: bool,
     /// Whether layers run again for their backward.
     pub(super) recompute: bool,
+}
+
+impl Objective {
+    /// How routers' scores become decisions.
+    pub(super) fn decide(&self) -> Decide {
+        match &self.sampling {
+            Some(sampling) => {
+                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
+            }
+            None => Decide::Argmax,
+        }
+    }
 }
 
 /// The relaxation and the pull of one forward pass.
@@ -68,11 +81,11 @@ pub(super) struct Forward {
 }
 
 /// One layer's graph.
-struct Graph {
+pub(super) struct Graph {
     /// The layer's input; `None` where nothing before it is trained.
-    x: Option<Var>,
-    y: Tensor,
-    decisions: Vec<Decision>,
+    pub(super) x: Option<Var>,
+    pub(super) y: Tensor,
+    pub(super) decisions: Vec<Decision>,
 }
 
 impl Network {
@@ -91,8 +104,12 @@ impl Network {
         routed
     }
 
-    /// From now on argmax decisions compute the rows they keep and no others.
+    /// From now on argmax decisions compute the rows they keep and no others; on a device, where
+    /// their number would have to be waited for, all.
     pub(super) fn gather(&mut self) {
+        if self.on_device() {
+            return;
+        }
         for layer in &mut self.parts.layers {
             let attention = layer.attention.as_mut().map(|module| &mut module.routing);
             let mlp = layer.mlp.as_mut().map(|module| &mut module.routing);
@@ -126,13 +143,7 @@ impl Network {
     /// The first half of a pass: everything up to the loss of `batch`, which may be a part of the
     /// pass' windows.
     pub(super) fn forward(&self, batch: &Batch, objective: &Objective) -> Result<Forward, Error> {
-        let decide = match &objective.sampling {
-            Some(sampling) => {
-                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
-            }
-            None => Decide::Argmax,
-        };
-        let step = self.step(batch, decide).map_err(outside)?;
+        let step = self.step(batch, objective.decide()).map_err(outside)?;
         let teacher = if objective.distill { Some(self.dense(batch)?) } else { None };
 
         let mut x = self.embed(batch).map_err(outside)?;
@@ -189,12 +200,18 @@ impl Network {
         let step = self.step(batch, decide).map_err(outside)?;
         let mut counts = (0.0, 0);
         let x = self.walk(batch, &step, |at, graph| self.count(at, graph, batch, &mut counts))?;
+        if self.on_device() {
+            let (loss, _) = self.head_on_device(&x, batch, None).map_err(outside)?;
+            let sum = loss.sum.to_scalar::<f32>().map_err(outside)?;
+            let loss = Loss { sum: sum.into(), count: loss.count, gradient: Vec::new() };
+            return Ok((loss, counts));
+        }
         let (loss, _) = self.head(&x, batch, None, false).map_err(outside)?;
         Ok((loss, counts))
     }
 
     /// The final residual stream of the dense model.
-    fn dense(&self, batch: &Batch) -> Result<Tensor, Error> {
+    pub(super) fn dense(&self, batch: &Batch) -> Result<Tensor, Error> {
         let step = self.step(batch, Decide::Always).map_err(outside)?;
         self.walk(batch, &step, |_, _| Ok(()))
     }
@@ -217,17 +234,20 @@ impl Network {
         Ok(x)
     }
 
-    fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
-        Step::whole(batch.windows(), batch.window(), &self.parts.frequencies, decide)
+    pub(super) fn step(&self, batch: &Batch, decide: Decide) -> Candle<Step> {
+        let step = Step::whole(batch.windows(), batch.window(), &self.parts.frequencies, decide)?;
+        if self.on_device() { step.on_device(&self.parts.embedding) } else { Ok(step) }
     }
 
     /// `[rows, hidden]`.
-    fn embed(&self, batch: &Batch) -> Candle<Tensor> {
-        let ids = Tensor::from_slice(batch.ids(), batch.rows(), &Device::Cpu)?;
-        widened(&self.parts.embedding.index_select(&ids, 0)?)
+    pub(super) fn embed(&self, batch: &Batch) -> Candle<Tensor> {
+        let embedding = &self.parts.embedding;
+        let ids = Tensor::from_slice(batch.ids(), batch.rows(), embedding.device())?;
+        let x = embedding.index_select(&ids, 0)?;
+        if self.on_device() { Ok(x) } else { widened(&x) }
     }
 
-    fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
+    pub(super) fn layer(&self, at: usize, x: &Tensor, step: &Step) -> Result<Graph, Error> {
         let place = self.place(at);
         // Every layer has something that is trained, so the first is the first.
         let x_var = if at == 0 { None } else { Some(Var::from_tensor(x).map_err(&place)?) };
@@ -247,6 +267,10 @@ impl Network {
     ) -> Result<(), Error> {
         for decision in &graph.decisions {
             let kept: Candle<f64> = match &decision.keep {
+                // Of all rows: on a device none is padding.
+                _ if self.on_device() => {
+                    on_device::kept(decision).and_then(|k| k.to_scalar::<f32>()).map(f64::from)
+                }
                 Some(keep) => hold(keep).map(|keep| {
                     let real = keep.iter().zip(batch.real()).filter(|(_, real)| *real);
                     real.map(|(keep, _)| f64::from(*keep)).sum()
@@ -328,12 +352,12 @@ impl Network {
     }
 
     /// Names the layer at place `at` in an error.
-    fn place(&self, at: usize) -> impl Fn(candle_core::Error) -> Error {
+    pub(super) fn place(&self, at: usize) -> impl Fn(candle_core::Error) -> Error {
         let layer = self.parts.layers.get(at).map(|layer| layer.index);
         move |source| Error::Compute { layer, source }
     }
 }
 
-fn outside(source: candle_core::Error) -> Error {
+pub(super) fn outside(source: candle_core::Error) -> Error {
     Error::Compute { layer: None, source }
 }

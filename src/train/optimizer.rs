@@ -10,7 +10,7 @@
 use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
-use super::parameters::Parameter;
+use super::parameters::{self, Parameter};
 
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
@@ -56,10 +56,8 @@ impl AdamW {
         let step = i32::try_from(step).unwrap_or(i32::MAX);
         let (bias1, bias2) = (1.0 - BETA1.powi(step), (1.0 - BETA2.powi(step)).sqrt());
         let moments = self.first.iter_mut().zip(&mut self.second);
-        for ((parameter, gradient), (first, second)) in
-            parameters.iter().zip(gradients).zip(moments)
-        {
-            let mut values = parameter.values()?;
+        let mut all = parameters::values(parameters)?;
+        for ((values, gradient), (first, second)) in all.iter_mut().zip(gradients).zip(moments) {
             let each = values.iter_mut().zip(gradient).zip(first.iter_mut().zip(second));
             for ((value, gradient), (first, second)) in each {
                 let gradient = f64::from(*gradient) * scale;
@@ -69,9 +67,8 @@ impl AdamW {
                 let moved = decayed - rate / bias1 * m / (v.sqrt() / bias2 + EPS);
                 (*value, *first, *second) = (moved as f32, m as f32, v as f32);
             }
-            parameter.set(values)?;
         }
-        Ok(())
+        parameters::set(parameters, all)
     }
 }
 

@@ -37,6 +37,7 @@ impl Parameter {
         shape: &[usize],
         initial: Initial,
         (seed, index): (u64, usize),
+        device: &Device,
     ) -> Result<Self> {
         let values = match initial {
             Initial::Values(values) => values,
@@ -45,7 +46,7 @@ impl Parameter {
                 uniform(&mut random, bound, shape.iter().product())
             }
         };
-        let var = Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+        let var = Var::from_tensor(&Tensor::from_vec(values, shape, device)?)?;
         Ok(Self { name, var, layer })
     }
 
@@ -56,13 +57,50 @@ impl Parameter {
 
     /// A copy of the values, row-major.
     pub(super) fn values(&self) -> Result<Vec<f32>> {
-        Ok(hold(&self.var)?.to_vec())
+        Ok(hold(&self.var.to_device(&Device::Cpu)?)?.to_vec())
     }
 
     /// Replaces the values.
     pub(super) fn set(&self, values: Vec<f32>) -> Result<()> {
-        self.var.set(&Tensor::from_vec(values, self.var.shape(), &Device::Cpu)?)
+        self.var.set(&Tensor::from_vec(values, self.var.shape(), self.var.device())?)
     }
+}
+
+/// The values of every parameter; those on a device come in one copy.
+pub(super) fn values(parameters: &[Parameter]) -> Result<Vec<Vec<f32>>> {
+    if device(parameters).is_none() {
+        return parameters.iter().map(Parameter::values).collect();
+    }
+    let flat = parameters.iter().map(|one| one.var.flatten_all()).collect::<Result<Vec<_>>>()?;
+    let flat = Tensor::cat(&flat, 0)?.detach();
+    let flat = flat.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
+    let mut rest = flat.as_slice();
+    let each = parameters.iter().map(|one| {
+        let (own, others) = rest.split_at(one.len());
+        rest = others;
+        own.to_vec()
+    });
+    Ok(each.collect())
+}
+
+/// Replaces the values of every parameter, on a device through one copy.
+pub(super) fn set(parameters: &[Parameter], values: Vec<Vec<f32>>) -> Result<()> {
+    let Some(device) = device(parameters) else {
+        return parameters.iter().zip(values).try_for_each(|(one, values)| one.set(values));
+    };
+    let flat = Tensor::new(values.concat(), &device)?;
+    let mut first = 0;
+    for one in parameters {
+        one.var.set(&flat.narrow(0, first, one.len())?.reshape(one.var.shape())?)?;
+        first += one.len();
+    }
+    Ok(())
+}
+
+/// Where the parameters are; `None` for the host's memory.
+fn device(parameters: &[Parameter]) -> Option<Device> {
+    let device = parameters.first()?.var.device();
+    (!device.is_cpu()).then(|| device.clone())
 }
 
 fn uniform(random: &mut ChaCha8Rng, bound: f64, count: usize) -> Vec<f32> {

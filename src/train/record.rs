@@ -10,6 +10,7 @@ use super::Error;
 use super::output::replace;
 use super::settings::Settings;
 use crate::artifact;
+use crate::device::Compute;
 
 /// The file's name in the output directory.
 const FILE: &str = "run.json";
@@ -26,6 +27,13 @@ pub(super) struct Record {
     pub(super) text: Vec<String>,
     /// The same of the texts to evaluate on.
     pub(super) evaluation: Vec<String>,
+    /// Where it computes.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(super) device: Compute,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The record's version.

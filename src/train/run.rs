@@ -9,15 +9,16 @@ use super::metrics::Log;
 use super::network::Network;
 use super::optimizer::AdamW;
 use super::record::{self, Record};
-use super::settings::Stage;
+use super::settings::{Base, Stage};
 use super::share::Share;
 use super::state::Store;
 use super::trainer::Trainer;
 use super::{Error, Event, OnEvent, Outcome, Request, events};
 use crate::artifact::hash::{self, InputHashes};
+use crate::device::Compute;
 use crate::model::dropout::Clock;
 use crate::model::ops::Kernels;
-use crate::model::{self, Reference};
+use crate::model::{Options, Reference};
 
 /// Where texts are kept tokenised, in the run's directory.
 pub(super) const TOKENS: &str = "tokens";
@@ -32,10 +33,12 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
     let (checkpoint, settings, world) = (request.checkpoint, request.settings, request.world);
     settings.check(checkpoint.model.config.max_position_embeddings)?;
     check_stage(request)?;
+    check_device(request)?;
     if request.options.tensorboard && !events::AVAILABLE {
         return Err(Error::NoTensorBoard);
     }
     let share = Share::new(world, settings.batch, settings.accumulate)?;
+    let options = options(request)?;
     if world.leads() {
         if request.resume {
             record::occupied(request.output)?;
@@ -52,6 +55,7 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
             checkpoint: identity(request)?,
             text: texts.training.keys(),
             evaluation: texts.evaluation.as_ref().map(Corpus::keys).unwrap_or_default(),
+            device: request.device,
         };
         if request.resume {
             record.compare(request.output)?;
@@ -60,7 +64,7 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
         }
     }
     let clock = Clock::default();
-    let network = load(request, &clock)?;
+    let network = load(request, options, &clock)?;
     let optimizer = AdamW::new(settings.optimizer, &network.parameters);
     let store = Store::new(request.output, request.options.keep_checkpoints);
     let mut trainer = Trainer {
@@ -120,6 +124,37 @@ fn check_stage(request: &Request<'_>) -> Result<(), Error> {
     }
 }
 
+/// Refuses what a device does not do.
+fn check_device(request: &Request<'_>) -> Result<(), Error> {
+    let (settings, processes) = (request.settings, request.world.size());
+    match (request.device, &settings.stage) {
+        (Compute::Cpu, _) => Ok(()),
+        (Compute::Cuda, Stage::Lora(lora)) if lora.dropout > 0.0 => {
+            Err(Error::Dropout(lora.dropout))
+        }
+        _ if settings.pad => Err(Error::Padding),
+        _ if processes > 1 => Err(Error::Processes(processes)),
+        _ if settings.base == Base::F16 => Err(Error::SmallGradients),
+        _ => Ok(()),
+    }
+}
+
+/// How the model is loaded: on a device activations have the base's precision too.
+fn options(request: &Request<'_>) -> Result<Options, Error> {
+    let (device, base) = (request.device.open()?, request.settings.base.dtype());
+    Ok(match request.device {
+        Compute::Cpu => Options {
+            device,
+            matrices: Some(base),
+            kernels: Kernels::Differentiable,
+            ..Options::default()
+        },
+        Compute::Cuda => {
+            Options { device, dtype: base, kernels: Kernels::Device, ..Options::default() }
+        }
+    })
+}
+
 /// Hashes of the files the model is made of.
 fn identity(request: &Request<'_>) -> Result<Vec<String>, Error> {
     let digests = InputHashes::start(request.checkpoint.files.clone())?.finish()?;
@@ -127,17 +162,12 @@ fn identity(request: &Request<'_>) -> Result<Vec<String>, Error> {
 }
 
 /// The model with what the stage trains.
-fn load(request: &Request<'_>, clock: &Clock) -> Result<Network, Error> {
+fn load(request: &Request<'_>, options: Options, clock: &Clock) -> Result<Network, Error> {
     let checkpoint = request.checkpoint;
     let model = validate(&checkpoint.model).map_err(|violations| {
         let lines: Vec<_> = violations.0.iter().map(ToString::to_string).collect();
         Error::Invalid(lines.join("\n"))
     })?;
-    let options = model::Options {
-        matrices: Some(request.settings.base.dtype()),
-        kernels: Kernels::Differentiable,
-        ..model::Options::default()
-    };
     let parts = Reference::load_with(model, &checkpoint.sources, options)?.into_parts();
     let seed = request.settings.seed;
     let network = match &request.settings.stage {

@@ -51,8 +51,8 @@ pub struct Settings {
     pub hold_out: Option<f64>,
 }
 
-/// What the matrices of the frozen base are kept in. Products are `f32` in any case, and so are norms,
-/// routers, adapters and losses.
+/// What the matrices of the frozen base are kept in. On the processor products are `f32` in any case; on
+/// a GPU products and activations are this too. Norms, routers, adapters and losses are `f32` on both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Base {

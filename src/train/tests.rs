@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 use skipgpt_passes::validate::validate;
 
@@ -39,8 +39,13 @@ pub(super) fn checkpoint(router: bool) -> Checkpoint {
 }
 
 pub(super) fn parts(router: bool) -> Parts {
+    parts_as(router, Kernels::Differentiable, DType::F32)
+}
+
+/// On a device both the kernels and the base's precision are others; both run on the processor too.
+pub(super) fn parts_as(router: bool, kernels: Kernels, dtype: DType) -> Parts {
     let checkpoint = checkpoint(router);
-    let options = Options { kernels: Kernels::Differentiable, ..Options::default() };
+    let options = Options { dtype, kernels, ..Options::default() };
     let model = validate(&checkpoint.model).unwrap();
     Reference::load_with(model, &checkpoint.sources, options).unwrap().into_parts()
 }
@@ -65,10 +70,14 @@ pub(super) struct Pass {
 
 /// A pass in one piece.
 pub(super) fn pass(network: &Network, batch: &Batch, objective: &Objective) -> Pass {
-    let (forward, sampling) =
-        (network.forward(batch, objective).unwrap(), objective.sampling.as_ref());
-    let totals = forward.totals;
-    let gradients = network.backward(forward, sampling, &totals).unwrap();
+    let sampling = objective.sampling.as_ref();
+    let (totals, gradients) = if network.on_device() {
+        network.gradients_on_device(batch, objective).unwrap()
+    } else {
+        let forward = network.forward(batch, objective).unwrap();
+        let totals = forward.totals;
+        (totals, network.backward(forward, sampling, &totals).unwrap())
+    };
     let (loss, prediction) = (totals.loss(sampling), totals.prediction());
     Pass { loss, prediction, keep: totals.keep(), gradients }
 }
@@ -113,14 +122,19 @@ impl Expected {
     }
 
     #[track_caller]
-    fn check_gradients(&self, stage: &str, network: &Network, pass: &Pass) {
+    pub(super) fn check_gradients(&self, stage: &str, network: &Network, pass: &Pass) {
+        self.check_within(TOLERANCE, stage, network, pass);
+    }
+
+    #[track_caller]
+    pub(super) fn check_within(&self, tolerance: f32, stage: &str, network: &Network, pass: &Pass) {
         for (parameter, found) in network.parameters.iter().zip(&pass.gradients) {
             let expected = self.values(&format!("{stage}.gradient.{}", parameter.name));
             let highest = expected.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
             assert!(highest > 0.0, "{}", parameter.name);
             for (found, expected) in found.iter().zip(&expected) {
                 let error = (found - expected).abs() / highest;
-                assert!(error < TOLERANCE, "{}: {found} {expected}", parameter.name);
+                assert!(error < tolerance, "{}: {found} {expected}", parameter.name);
             }
         }
     }
@@ -142,8 +156,12 @@ pub(super) fn released() -> HashMap<String, Tensor> {
 }
 
 /// The fixture's routers in place of new ones.
-fn routers(expected: &Expected) -> Network {
-    let network = attach::routers(parts(false), &router_settings(), 1).unwrap();
+pub(super) fn routers(expected: &Expected) -> Network {
+    routers_in(parts(false), expected)
+}
+
+pub(super) fn routers_in(parts: Parts, expected: &Expected) -> Network {
+    let network = attach::routers(parts, &router_settings(), 1).unwrap();
     let released = released();
     assert_eq!(released.len(), network.parameters.len());
     for parameter in &network.parameters {
@@ -155,8 +173,12 @@ fn routers(expected: &Expected) -> Network {
 
 /// The fixture's adapter in place of a new one.
 fn adapter(expected: &Expected) -> Network {
+    adapter_in(parts(true), expected)
+}
+
+pub(super) fn adapter_in(parts: Parts, expected: &Expected) -> Network {
     let clock = Clock::default();
-    let network = attach::adapters(parts(true), &lora_settings(0.0), 1, &clock).unwrap();
+    let network = attach::adapters(parts, &lora_settings(0.0), 1, &clock).unwrap();
     for parameter in &network.parameters {
         let value = &expected.0[&format!("lora.value.{}", parameter.name)];
         parameter.var.set(value).unwrap();

@@ -143,15 +143,18 @@ impl Trainer<'_> {
             let row = self.share.windows.start * settings.window;
             self.clock.set(Some((number, row)));
             let objective = self.objective(number, row, &batch)?;
+            let sampling = objective.sampling.as_ref();
+            if self.network.on_device() {
+                // One rank, so the pass is whole; loss and gradients come in one copy.
+                let (totals, gradients) = self.network.gradients_on_device(&batch, &objective)?;
+                self.add(&mut sums, number, &totals, sampling)?;
+                sums.add_gradients(gradients);
+                continue;
+            }
             let forward = self.network.forward(&batch, &objective)?;
             let totals = self.share.totals(self.world, forward.totals)?;
-            let sampling = objective.sampling.as_ref();
             for (pass, totals) in self.share.passes(turn).zip(&totals) {
-                let loss = totals.loss(sampling);
-                if !loss.is_finite() {
-                    return Err(self.not_finite("loss", loss, first + pass));
-                }
-                sums.add(totals, loss);
+                self.add(&mut sums, first + pass, totals, sampling)?;
             }
             let own = self.share.own(&totals);
             sums.add_gradients(self.network.backward(forward, sampling, own)?);
@@ -182,6 +185,22 @@ impl Trainer<'_> {
             tokens: self.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Adds what forward pass `pass` gave to `sums`, if it is a number.
+    fn add(
+        &mut self,
+        sums: &mut Sums,
+        pass: u64,
+        totals: &Totals,
+        sampling: Option<&Sampling>,
+    ) -> Result<(), Error> {
+        let loss = totals.loss(sampling);
+        if !loss.is_finite() {
+            return Err(self.not_finite("loss", loss, pass));
+        }
+        sums.add(totals, loss);
+        Ok(())
     }
 
     /// How many tokens steps have, padding left out.

@@ -11,6 +11,7 @@ use super::place::{Divergence, Tie};
 use super::stats::{Decisions, Stats};
 use crate::quality::Quality;
 use crate::readback::Nearness;
+use crate::runtime::Placement;
 use crate::tolerance::{self, Tolerances};
 
 /// Most ties that are listed one by one.
@@ -48,6 +49,9 @@ pub struct Report {
     pub rounding: Option<Rounding>,
     /// What its precision costs; `None` where no text was given.
     pub quality: Option<Quality>,
+    /// Where the graph's nodes ran; told on another provider than the CPU's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
     /// Case by case.
     pub cases: Vec<CaseReport>,
     /// Where the artifact first goes wrong, in the first case in which it does.
@@ -205,6 +209,7 @@ impl Report {
             weights: None,
             rounding: None,
             quality: None,
+            placement: None,
             first_divergence: cases.iter().find_map(|case| case.first_divergence.clone()),
             cases,
             seconds: time.as_secs_f64(),
@@ -295,6 +300,9 @@ impl fmt::Display for Report {
         }
         if let Some(quality) = &self.quality {
             writeln!(f, "quality                 {quality}")?;
+        }
+        if let Some(placement) = &self.placement {
+            writeln!(f, "placement               {placement}")?;
         }
         for case in &self.cases {
             writeln!(f, "{case}")?;

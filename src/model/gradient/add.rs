@@ -10,7 +10,7 @@ use super::values::{hold, matrix, slice, tensor};
 struct RoutedAdd;
 
 /// `x` and `module` `[rows, width]`, `keep` `[rows, 1]`.
-pub(crate) fn routed_add(x: &Tensor, module: &Tensor, keep: &Tensor) -> Result<Tensor> {
+pub(super) fn routed_add(x: &Tensor, module: &Tensor, keep: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op3(&module.contiguous()?, &keep.contiguous()?, RoutedAdd)
 }
 

@@ -15,7 +15,7 @@ struct StraightThrough {
 }
 
 /// Margins `[rows]` to keep `[rows, 1]`, 0 or 1.
-pub(crate) fn straight_through(margins: &Tensor, noise: &Tensor, tau: f64) -> Result<Tensor> {
+pub(super) fn straight_through(margins: &Tensor, noise: &Tensor, tau: f64) -> Result<Tensor> {
     let op = StraightThrough { noise: noise.detach(), tau: tau as f32 };
     margins.contiguous()?.apply_op1(op)
 }

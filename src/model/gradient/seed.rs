@@ -9,7 +9,7 @@ struct Seed {
 /// A scalar whose backward sends `gradient`, of the shape of `y`, into `y`. Its value is 0.
 ///
 /// It stands for `Σ y · gradient`: a layer's own backward, with what the layers after it computed.
-pub(crate) fn seed(y: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+pub(super) fn seed(y: &Tensor, gradient: &Tensor) -> Result<Tensor> {
     y.apply_op1(Seed { gradient: gradient.detach() })
 }
 

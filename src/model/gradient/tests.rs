@@ -8,7 +8,7 @@ use super::*;
 use crate::model::ops::Kernels;
 
 /// Tensors in, a tensor out.
-type Function<'a> = &'a dyn Fn(&[Tensor]) -> Tensor;
+pub(super) type Function<'a> = &'a dyn Fn(&[Tensor]) -> Tensor;
 
 /// Central differences in `f32`: what rounding and curvature leave.
 const DIFFERENCE: f32 = 1e-2;
@@ -65,7 +65,7 @@ fn check_weighted(f: Function<'_>, inputs: &[Tensor], weights: &Tensor) {
 
 /// Compares values and gradients of two forms of the same function.
 #[track_caller]
-fn agree(f: Function<'_>, g: Function<'_>, inputs: &[Tensor]) {
+pub(super) fn agree(f: Function<'_>, g: Function<'_>, inputs: &[Tensor]) {
     let close = |found: &[f32], expected: &[f32]| {
         assert_eq!(found.len(), expected.len());
         let highest = expected.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));

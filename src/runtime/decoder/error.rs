@@ -136,4 +136,7 @@ pub enum Error {
     /// The graph failed.
     #[error("ONNX Runtime fails to run the graph: {0}")]
     Run(#[source] ort::Error),
+    /// It ran elsewhere than it was asked to.
+    #[error(transparent)]
+    Session(#[from] crate::runtime::session::Error),
 }

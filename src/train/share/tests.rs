@@ -10,6 +10,7 @@ use candle_core::Device;
 use tempfile::TempDir;
 
 use super::*;
+use crate::device::Compute;
 use crate::text::Tokenizer;
 use crate::train::data::FIELD;
 use crate::train::optimizer;
@@ -66,6 +67,17 @@ impl Place {
         &self,
         world: &dyn World,
         settings: &Settings,
+        paths: (&str, &str),
+        resume: bool,
+    ) -> Result<Outcome, Error> {
+        self.train_on(Compute::Cpu, world, settings, paths, resume)
+    }
+
+    fn train_on(
+        &self,
+        device: Compute,
+        world: &dyn World,
+        settings: &Settings,
         (text, output): (&str, &str),
         resume: bool,
     ) -> Result<Outcome, Error> {
@@ -81,6 +93,7 @@ impl Place {
             text_field: FIELD,
             resume,
             settings,
+            device,
             options: Options {
                 recompute: false,
                 evaluate_every: 2,
@@ -215,6 +228,13 @@ fn ranks_that_cannot_work_together_stop() {
             (error.to_string(), world.stop())
         })
     };
+    // A GPU is one rank's.
+    let on_cuda = threads::run(2, |world| {
+        let (settings, names) = (settings(router(), 2, 1), ("text.txt", "run"));
+        place.train_on(Compute::Cuda, world, &settings, names, false).unwrap_err().to_string()
+    });
+    assert!(on_cuda.iter().all(|error| error.starts_with("2 processes on cuda: ")), "{on_cuda:?}");
+    assert!(!place.path("run").exists());
     // Two windows in one pass are not enough for three.
     let found = failed(3, &settings(router(), 2, 1), &|_| "text.txt");
     let expected = "3 processes cannot share 1 forward passes of 2 windows: make --accumulate a \
