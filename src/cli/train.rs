@@ -9,7 +9,7 @@ use skipgpt_export::train::schedule::{Line, Rate, Shape};
 use skipgpt_export::train::settings::{Lora, Router, Settings, Stage, Target};
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
 
-use super::{CheckpointArguments, Verdict, screen, sources};
+use super::{CheckpointArguments, Verdict, memory, screen, sources};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -286,6 +286,7 @@ fn start(
     if common.keep_checkpoints == 0 {
         bail!("--keep-checkpoints is 0; expected 1 or more");
     }
+    memory::keep_freed();
     let checkpoint = sources::checkpoint(checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let request = Request {
