@@ -88,7 +88,8 @@ mod tests {
             (plan.attention_dispatch, plan.mlp_dispatch)
         };
         let (masked, gathered) = (Dispatch::Masked, Dispatch::Gathered);
-        assert_eq!(planned(Choices::default()), (Dispatch::Conditional, gathered));
+        let conditional = Dispatch::Conditional;
+        assert_eq!(planned(Choices::default()), (conditional, conditional));
         let cuda = Choices { provider: Provider::Cuda, ..Choices::default() };
         assert_eq!(planned(cuda), (masked, masked));
         let told = Choices { dispatch: Some(gathered), ..cuda };

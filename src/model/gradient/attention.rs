@@ -14,7 +14,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::exp;
-use super::values::{Held, hold, live, slice, tensor};
+use super::values::{Held, among_workers, hold, live, slice, tensor};
 use crate::model::gemm::{Matrix, Threads, multiply};
 
 /// Queries that share a product: few, so that little is computed above the diagonal.
@@ -86,27 +86,23 @@ impl Attention {
         out
     }
 
-    /// Adds `d` `[sequence, head_dim]`, turned back and scaled, to head `head` of row `batch` of `out`.
+    /// Adds `d` `[head_dim]`, of row `token` of the batch, turned back and scaled, to `out`.
     fn add_unrotated(
         &self,
         out: &mut [f32],
         d: &[f32],
-        (batch, head, heads): (usize, usize, usize),
+        token: usize,
         scale: f32,
         tables: &Tables<'_>,
     ) {
-        let (width, half) = (self.head_dim, self.head_dim / 2);
-        for (at, d) in d.chunks_exact(width).enumerate() {
-            let token = batch * self.tokens.sequence + at;
-            let out = &mut out[(token * heads + head) * width..][..width];
-            let (cos, sin) = (&tables.cos[token * half..], &tables.sin[token * half..]);
-            let (first, second) = d.split_at(half);
-            let (out_first, out_second) = out.split_at_mut(half);
-            for pair in 0..half {
-                let (a, b) = (first[pair] * scale, second[pair] * scale);
-                out_first[pair] += a * cos[pair] + b * sin[pair];
-                out_second[pair] += b * cos[pair] - a * sin[pair];
-            }
+        let half = self.head_dim / 2;
+        let (cos, sin) = (&tables.cos[token * half..][..half], &tables.sin[token * half..][..half]);
+        let (first, second) = d.split_at(half);
+        let (out_first, out_second) = out.split_at_mut(half);
+        for pair in 0..half {
+            let (a, b) = (first[pair] * scale, second[pair] * scale);
+            out_first[pair] += a * cos[pair] + b * sin[pair];
+            out_second[pair] += b * cos[pair] - a * sin[pair];
         }
     }
 
@@ -251,13 +247,13 @@ impl Attention {
         })?;
         // [batch, heads, sequence, head_dim] to [batch, sequence, heads, head_dim].
         let mut y = vec![0.0; heads.len()];
-        for (task, head) in heads.chunks_exact(sequence * width).enumerate() {
-            let (batch, at) = self.place(task);
-            for (token, values) in head.chunks_exact(width).enumerate() {
-                let row = batch * sequence + token;
-                y[(row * self.heads + at) * width..][..width].copy_from_slice(values);
+        y.par_chunks_exact_mut(self.heads * width).enumerate().for_each(|(row, y)| {
+            let (batch, token) = (row / sequence, row % sequence);
+            for (head, y) in y.chunks_exact_mut(width).enumerate() {
+                let task = batch * self.heads + head;
+                y.copy_from_slice(&heads[(task * sequence + token) * width..][..width]);
             }
-        }
+        });
         Ok(y)
     }
 
@@ -271,19 +267,29 @@ impl Attention {
             self.backward_head(out, inputs, self.place(task), &tables)
         })?;
         let [mut d_q, mut d_k, mut d_v] = [0, 1, 2].map(|at| vec![0.0; inputs[at].len()]);
-        for (task, head) in heads.chunks_exact(3 * size).enumerate() {
-            let (batch, at) = self.place(task);
-            let key_head = self.key_head(at);
-            let query = (batch, at, self.heads);
-            self.add_unrotated(&mut d_q, &head[..size], query, self.scale(), &tables);
-            let key = (batch, key_head, self.kv_heads);
-            self.add_unrotated(&mut d_k, &head[size..2 * size], key, 1.0, &tables);
-            for (token, d) in head[2 * size..].chunks_exact(width).enumerate() {
-                let row = batch * sequence + token;
-                let out = &mut d_v[(row * self.kv_heads + key_head) * width..][..width];
-                out.iter_mut().zip(d).for_each(|(out, d)| *out += d);
+        // What part `part` of the heads' gradients has for a token.
+        let of = |part: usize, row: usize, head: usize| {
+            let (batch, token) = (row / sequence, row % sequence);
+            let start = (3 * (batch * self.heads + head) + part) * size + token * width;
+            &heads[start..start + width]
+        };
+        d_q.par_chunks_exact_mut(self.heads * width).enumerate().for_each(|(row, d_q)| {
+            for (head, d_q) in d_q.chunks_exact_mut(width).enumerate() {
+                self.add_unrotated(d_q, of(0, row, head), row, self.scale(), &tables);
             }
-        }
+        });
+        let row_width = self.kv_heads * width;
+        d_k.par_chunks_exact_mut(row_width)
+            .zip(d_v.par_chunks_exact_mut(row_width))
+            .enumerate()
+            .for_each(|(row, (d_k, d_v))| {
+                for head in 0..self.heads {
+                    let place = self.key_head(head) * width;
+                    let (d_k, d_v) = (&mut d_k[place..][..width], &mut d_v[place..][..width]);
+                    self.add_unrotated(d_k, of(1, row, head), row, 1.0, &tables);
+                    d_v.iter_mut().zip(of(2, row, head)).for_each(|(out, d)| *out += d);
+                }
+            });
         Ok([d_q, d_k, d_v])
     }
 }
@@ -302,7 +308,8 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let y = self.forward([slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?])?;
+        let inputs = [slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?];
+        let y = among_workers(|| self.forward(inputs))?;
         Ok((CpuStorage::F32(y), q_layout.shape().clone()))
     }
 
@@ -316,7 +323,8 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let gradient = gradient.contiguous()?;
         let held = [hold(q)?, hold(k)?, hold(v)?, hold(y)?, hold(&gradient)?];
-        let [d_q, d_k, d_v] = self.backward(held.each_ref().map(|held| &**held))?;
+        let inputs = held.each_ref().map(|held| &**held);
+        let [d_q, d_k, d_v] = among_workers(|| self.backward(inputs))?;
         Ok((
             Some(tensor(d_q, q.shape())?),
             Some(tensor(d_k, k.shape())?),

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::values::{hold, live, matrix, slice, tensor, widened};
+use super::values::{among_workers, hold, live, matrix, slice, tensor, widened};
 use crate::model::gemm::{Matrix, Threads, multiply};
 
 struct FrozenLinear {
@@ -26,8 +26,21 @@ impl CustomOp1 for FrozenLinear {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(storage, layout)?;
-        let (outer, inner) = self.weight.dims2()?;
         let rows = matrix(layout.shape()).0;
+        let y = among_workers(|| self.forward(x, rows))?;
+        let shape = (rows, self.weight.dim(0)?).into();
+        Ok((CpuStorage::F32(y), shape))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        among_workers(|| self.backward(x, gradient))
+    }
+}
+
+impl FrozenLinear {
+    /// `[rows, in]` to `[rows, out]`.
+    fn forward(&self, x: &[f32], rows: usize) -> Result<Vec<f32>> {
+        let (outer, inner) = self.weight.dims2()?;
         let mut y = vec![0.0; rows * outer];
         let weight = widened(&self.weight)?;
         let weight = hold(&weight)?;
@@ -39,10 +52,11 @@ impl CustomOp1 for FrozenLinear {
                 row.iter_mut().zip(&*bias).for_each(|(value, bias)| *value += bias);
             });
         }
-        Ok((CpuStorage::F32(y), (rows, outer).into()))
+        Ok(y)
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+    /// The gradient of `x`.
+    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let gradient = gradient.contiguous()?;
         let gradient = hold(&gradient)?;
         let (outer, inner) = self.weight.dims2()?;

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::attention::{Attention, Causal};
-use super::values::{hold, live, matrix, slice, tensor, widened};
+use super::values::{among_workers, hold, live, matrix, slice, tensor, widened};
 use super::{norm, swiglu};
 use crate::model::gemm::{Matrix, Threads, multiply};
 
@@ -205,7 +205,24 @@ impl CustomOp2 for Sampled {
         keep_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, keep) = (slice(x, x_layout)?, slice(keep, keep_layout)?);
-        let hidden = matrix(x_layout.shape()).1;
+        let y = among_workers(|| self.forward(x, keep, matrix(x_layout.shape()).1))?;
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        keep: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        among_workers(|| self.backward(x, keep, gradient))
+    }
+}
+
+impl Sampled {
+    /// The module's output, `[rows, hidden]`; what the backward reads goes to its place.
+    fn forward(&self, x: &[f32], keep: &[f32], hidden: usize) -> Result<Vec<f32>> {
         let scale = hold(&self.scale)?;
         let mut y = vec![0.0; x.len()];
         y.par_chunks_exact_mut(hidden)
@@ -225,14 +242,14 @@ impl CustomOp2 for Sampled {
             Ok(mut place) => *place = kept,
             Err(_) => bail!("a thread failed while it held what the forward keeps"),
         }
-        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+        Ok(y)
     }
 
-    fn bwd(
+    /// The gradients of `x`, where it has one, and of `keep`.
+    fn backward(
         &self,
         x: &Tensor,
         keep: &Tensor,
-        _: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let mut kept = match self.kept.lock() {

@@ -69,3 +69,11 @@ pub(super) fn tensor(values: Vec<f32>, shape: &Shape) -> Result<Tensor> {
 pub(super) fn live(row: &[f32]) -> bool {
     row.iter().any(|value| *value != 0.0)
 }
+
+/// Runs `work` on one of the threads that parallel loops use.
+///
+/// From another thread each loop hands over and waits, with two switches between threads; from one of
+/// theirs it begins at once, and an operation has a dozen loops.
+pub(super) fn among_workers<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
