@@ -29,6 +29,8 @@ use skipgpt_passes::validate::Validated;
 
 use graph::{Attribute, Graph};
 
+use crate::runtime::Provider;
+
 /// The oldest ONNX Runtime that runs what is emitted here, quantised weights and grouped attention
 /// apart.
 pub const MINIMUM_ONNXRUNTIME: &str = "1.20";
@@ -79,6 +81,16 @@ impl Attention {
     /// What `config` allows: `GroupQueryAttention` rotates heads of whole sixteens.
     pub const fn for_config(config: &Config) -> Self {
         if config.head_dim.is_multiple_of(16) { Self::Grouped } else { Self::Decomposed }
+    }
+
+    /// What is chosen where nobody says. On a CPU, where half precision is computed through casts,
+    /// `f16` graphs stay nearer to their reference in elementary operators; on CUDA the operator has
+    /// no `f32` kernel, and a node without one would be left to the processor.
+    pub fn auto(config: &Config, dtype: DType, provider: Provider) -> Self {
+        match (provider, dtype) {
+            (Provider::Cpu, DType::F16) | (Provider::Cuda, DType::F32) => Self::Decomposed,
+            _ => Self::for_config(config),
+        }
     }
 }
 

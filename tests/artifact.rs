@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use onnx_protobuf::{Message, ModelProto};
+use onnx_protobuf::{GraphProto, Message, ModelProto, TensorProto};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::{self, Checkpoint};
 use skipgpt_export::onnx::{self, graph::Graph};
@@ -73,9 +73,15 @@ fn export(output: &Path, weights: manifest::Weights) -> Result<(Checkpoint, Grap
 
 /// Every external initializer of the file, by name, through its own location and offset.
 fn external(directory: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    fn tensors<'a>(graph: &'a GraphProto, all: &mut Vec<&'a TensorProto>) {
+        all.extend(&graph.initializer);
+        let attributes = graph.node.iter().flat_map(|node| &node.attribute);
+        attributes.flat_map(|attribute| &attribute.g).for_each(|branch| tensors(branch, all));
+    }
     let model = ModelProto::parse_from_bytes(&fs::read(directory.join("model.onnx"))?)?;
-    let mut found = BTreeMap::new();
-    for tensor in model.graph.initializer.iter().filter(|t| !t.external_data.is_empty()) {
+    let (mut all, mut found) = (Vec::new(), BTreeMap::new());
+    tensors(model.graph.get_or_default(), &mut all);
+    for tensor in all.into_iter().filter(|t| !t.external_data.is_empty()) {
         let field = |key: &str| {
             let entry = tensor.external_data.iter().find(|entry| entry.key == key);
             entry.map(|entry| entry.value.clone()).ok_or(format!("{key} is missing"))

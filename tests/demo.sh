@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 run=$(realpath "$1")
 demo=target/demo
 router=fixtures/smollm2-135m/router.pth
+adapter=fixtures/smollm2-135m/adapter
 prompt="It is a truth universally acknowledged, that"
 rm -rf "$demo"
 mkdir -p "$demo"
@@ -22,7 +23,7 @@ seconds() { # FILE COMMAND...: runs the command, leaves its seconds in FILE
 step import target/model/SmolLM2-135M-Instruct.Q4_1.gguf -o "$demo/model"
 for kind in dense routed; do
   source=(--model "$demo/model")
-  [ $kind = dense ] || source+=(--router "$router")
+  [ $kind = dense ] || source+=(--router "$router" --adapter "$adapter")
   seconds "$demo/$kind.seconds" step export "${source[@]}" -o "$demo/$kind" >"$demo/$kind.export"
   head -n 1 "$demo/$kind.export"
   step verify "$demo/$kind" "${source[@]}" --greedy-tokens 16 | tail -n 1

@@ -13,6 +13,7 @@ use skipgpt_export::generate;
 use skipgpt_export::model::Reference;
 use skipgpt_export::onnx;
 use skipgpt_export::plan::{self, Choices};
+use skipgpt_export::runtime::session::Provider;
 use skipgpt_export::runtime::{Runtime, Version, session};
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
@@ -102,7 +103,7 @@ pub(crate) fn export_as(
         stages.push((format!("{:02}-{}", stages.len(), pass.name()), model.clone()));
     })
     .unwrap();
-    let attention = onnx::Attention::for_config(&model.config);
+    let attention = onnx::Attention::auto(&model.config, dtype, Provider::Cpu);
     let options = onnx::Options { dtype, emit_routing: false, attention };
     let graph = onnx::lower(validate(&model).unwrap(), options).unwrap();
     let directory = TempDir::new().unwrap();

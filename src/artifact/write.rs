@@ -75,7 +75,15 @@ fn write_staged(
     mut staging: Staging,
     progress: OnProgress<'_>,
 ) -> Result<Manifest, Error> {
-    let Request { model, graph, checkpoint, .. } = *request;
+    let Request { model, checkpoint, .. } = *request;
+    // ONNX Runtime follows hard links from the main graph alone.
+    let hoisted;
+    let graph = if request.options.weights == Weights::Link {
+        hoisted = request.graph.hoisted();
+        &hoisted
+    } else {
+        request.graph
+    };
     let layout = match request.options.weights {
         Weights::Copy => Layout::copy(graph),
         Weights::Link => Layout::link(graph, &checkpoint.sources)?,

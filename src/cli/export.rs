@@ -9,7 +9,7 @@ use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan, safetensors};
-use skipgpt_passes::ir::{Config, DType, Dispatch, Model};
+use skipgpt_passes::ir::{Config, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
 use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
@@ -97,7 +97,7 @@ enum DispatchArgument {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum AttentionArgument {
-    /// Grouped, if heads have a width of whole sixteens; decomposed in f32 on cuda
+    /// Grouped, if heads have a width of whole sixteens; decomposed in f16 on cpu and in f32 on cuda
     Auto,
     /// `GroupQueryAttention` where there is one token a sequence; no f32 on CUDA
     Grouped,
@@ -108,13 +108,9 @@ enum AttentionArgument {
 impl AttentionArgument {
     fn attention(self, config: &Config, arguments: &Arguments) -> Result<onnx::Attention> {
         let possible = onnx::Attention::for_config(config);
-        let (provider, dtype) = (arguments.provider, arguments.precision.float());
+        let (provider, dtype) = (arguments.provider.into(), arguments.precision.float());
         match self {
-            // A node without a kernel would be left to the processor, and refused there.
-            Self::Auto if provider == Provider::Cuda && dtype == DType::F32 => {
-                Ok(onnx::Attention::Decomposed)
-            }
-            Self::Auto => Ok(possible),
+            Self::Auto => Ok(onnx::Attention::auto(config, dtype, provider)),
             Self::Decomposed => Ok(onnx::Attention::Decomposed),
             Self::Grouped if possible == onnx::Attention::Grouped => Ok(possible),
             Self::Grouped => bail!(

@@ -160,6 +160,24 @@ impl Graph {
         })
     }
 
+    /// The same graph, every weight of its branches in the main graph.
+    #[must_use]
+    pub fn hoisted(&self) -> Self {
+        fn take(graph: &mut Graph, weights: &mut Vec<Initializer>) {
+            for (_, attribute) in graph.nodes.iter_mut().flat_map(|node| &mut node.attributes) {
+                if let Attribute::Graph(branch) = attribute {
+                    weights.append(&mut branch.initializers);
+                    take(branch, weights);
+                }
+            }
+        }
+        let mut all = self.clone();
+        let mut weights = Vec::new();
+        take(&mut all, &mut weights);
+        all.initializers.append(&mut weights);
+        all
+    }
+
     /// Every initializer of this graph and its branches, outer before inner.
     pub fn all_initializers(&self) -> Vec<&Initializer> {
         let mut all: Vec<&Initializer> = self.initializers.iter().collect();

@@ -68,11 +68,11 @@ pub(super) struct Decided {
 }
 
 /// What a margin has to reach in a step, by decision: an attention module's branch for one token is not
-/// for several, so that there its margin never reaches.
+/// for several, so that there no margin reaches it. Nothing reaches NaN, infinity not even itself.
 pub(super) fn floors(b: &mut Builder, model: &Model, one_token: &str) {
     let zero = b.floats("constants.zero.vector", &[1], &[0.0]);
-    let infinity = b.floats("constants.infinity.vector", &[1], &[f32::INFINITY]);
-    let gate = b.op(floor(1), "Where", &[one_token, &zero, &infinity]);
+    let never = b.floats("constants.never", &[1], &[f32::NAN]);
+    let gate = b.op(floor(1), "Where", &[one_token, &zero, &never]);
     if model.layers.iter().filter_map(|layer| layer.router.as_ref()).any(|r| r.decisions == 2) {
         let axis = vec![("axis", Attribute::Int(0))];
         b.op_with(floor(2), "Concat", &[&gate, &zero], axis);

@@ -84,7 +84,7 @@ impl Context<'_> {
         let Config { head_dim, rms_norm_eps, .. } = *self.config;
         let (heads, width) = (heads as i64, head_dim as i64);
         let apart = b.ints(&format!("shapes.normed.{heads}"), &[-1, heads, width]);
-        let x = b.op(&format!("{name}.heads"), "Reshape", &[&x, &apart]);
+        let x = b.op(&format!("{name}.apart"), "Reshape", &[&x, &apart]);
         let x = b.rms_norm(&format!("{name}.norm"), &x, norm, rms_norm_eps);
         let flat = b.ints(&format!("shapes.flat.{}", heads * width), &[-1, heads * width]);
         b.op(&format!("{name}.normed"), "Reshape", &[&x, &flat])
