@@ -16,9 +16,10 @@ pub(super) struct Builder {
     nodes: Vec<Node>,
     /// Small values that any graph may read.
     constants: Vec<Initializer>,
-    /// Of the graph or branch under construction: ONNX Runtime packs no weight from two graphs further
-    /// out.
+    /// Of the graph or branch under construction.
     weights: Vec<Initializer>,
+    /// How many branches are under construction, one in the other.
+    depth: usize,
 }
 
 /// A value's name.
@@ -26,7 +27,7 @@ pub(super) type Name = String;
 
 impl Builder {
     pub(super) fn new(dtype: DType) -> Self {
-        Self { dtype, nodes: Vec::new(), constants: Vec::new(), weights: Vec::new() }
+        Self { dtype, nodes: Vec::new(), constants: Vec::new(), weights: Vec::new(), depth: 0 }
     }
 
     /// A node with one output, which gives it its name.
@@ -152,9 +153,16 @@ impl Builder {
         build: impl FnOnce(&mut Self) -> [Name; N],
     ) -> Graph {
         let outer = (std::mem::take(&mut self.nodes), std::mem::take(&mut self.weights));
+        self.depth += 1;
         let outputs = build(self);
+        self.depth -= 1;
         let nodes = std::mem::replace(&mut self.nodes, outer.0);
-        let initializers = std::mem::replace(&mut self.weights, outer.1);
+        let mut initializers = std::mem::replace(&mut self.weights, outer.1);
+        // ONNX Runtime packs a branch's weights from the graph around it, and frees what it packed; from
+        // two graphs further out it does not pack, and in the branch itself it keeps both.
+        if self.depth == 0 {
+            self.weights.append(&mut initializers);
+        }
         let element = Element::Float(self.dtype);
         let outputs = outputs.into_iter().zip(shapes);
         let outputs =
