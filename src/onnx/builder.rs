@@ -232,9 +232,9 @@ impl Builder {
     pub(super) fn linear(&mut self, name: &str, x: &str, linear: &Linear, dtype: DType) -> Name {
         if let Some(weight) = quantized(&linear.weight) {
             let Some(bias) = &linear.bias else {
-                return self.matmul_bits(name, name, x, weight, dtype);
+                return self.matmul_bits(name, x, weight, dtype);
             };
-            let product = self.matmul_bits(&format!("{name}.product"), name, x, weight, dtype);
+            let product = self.matmul_bits(&format!("{name}.product"), x, weight, dtype);
             let bias = self.weight_as(&format!("{name}.bias"), bias, dtype);
             return self.op(name, "Add", &[&product, &bias]);
         }

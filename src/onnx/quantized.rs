@@ -27,19 +27,17 @@ pub(super) fn quantized(weight: &Weight) -> Option<(Weight, Scheme)> {
 }
 
 impl Builder {
-    /// `x · Wᵀ` for `x` `[tokens, in]` and a matrix `[out, in]` in few bits, whose parts are called
-    /// after `stem`.
+    /// `x · Wᵀ` for `x` `[tokens, in]` and a matrix `[out, in]` in few bits.
     pub(super) fn matmul_bits(
         &mut self,
         name: &str,
-        stem: &str,
         x: &str,
         (weight, scheme): (Weight, Scheme),
         dtype: DType,
     ) -> Name {
         let (rows, columns) = (weight.rows(), weight.columns());
         let shape = [rows, scheme.blocks(columns), scheme.block_bytes()];
-        let parts = self.parts(stem, &weight, scheme, dtype, &shape);
+        let parts = self.parts(name, &weight, scheme, dtype, &shape);
         let inputs: Vec<&str> = [x].into_iter().chain(parts.iter().map(String::as_str)).collect();
         let attributes = vec![
             ("K", Attribute::Int(columns as i64)),

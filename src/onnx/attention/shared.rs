@@ -84,9 +84,13 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let [cos, sin] = angles(b, config);
 
     let lengths = lengths(b, &one);
-    let batch = b.op("shapes.batch", "Gather", &[&shape, &zero]);
     let attention = || model.layers.iter().filter_map(|l| l.routing(ModuleKind::Attention));
     let conditional = attention().any(dispatch::branches);
+    let batch = if grouped || conditional {
+        b.op("shapes.batch", "Gather", &[&shape, &zero])
+    } else {
+        Name::new()
+    };
     let mut is_one = |asked: bool, name: &str, count: &str| {
         if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
     };
