@@ -22,6 +22,7 @@ use crate::runtime::{self, Runtime, session};
 use crate::{artifact, watch};
 
 mod draws;
+mod foreign;
 mod measure;
 pub mod memory;
 mod plan;
@@ -32,6 +33,7 @@ mod subject;
 mod workload;
 
 pub use draws::Draws;
+pub use measure::Caches;
 pub use report::Report;
 pub use shares::Shares;
 pub use stats::{Ratio, Spread};
@@ -53,10 +55,14 @@ pub struct Options {
     /// Shares of decisions to force, 0 to 1; each is a line of its own beside the artifact's own
     /// decisions.
     pub force_skip: Vec<f64>,
+    /// Whether each of them is also a line with the same modules skipped by every token.
+    pub force_fixed: bool,
     /// Static graphs per line to compare with; 0 for none. Needs a dense baseline.
     pub ideals: usize,
     /// Of drawn decisions and removals.
     pub seed: u64,
+    /// How caches are held.
+    pub caches: Caches,
     /// How sessions run.
     pub session: session::Options,
 }
@@ -214,8 +220,11 @@ fn check(request: &Request, options: &Options) -> Result<(), Error> {
         let (name, expected) = ("--force-skip", "0 to 100 percent");
         return Err(Error::Option { name, value: 100.0 * share, expected });
     }
-    let unrouted = request.artifacts.iter().find(|source| source.routed().is_empty());
-    if let Some(source) = unrouted.filter(|_| !options.force_skip.is_empty()) {
+    let routed = |source: &Source| !source.routed().is_empty();
+    if !options.force_skip.is_empty()
+        && !request.artifacts.iter().any(routed)
+        && let Some(source) = request.artifacts.first()
+    {
         return Err(Error::NothingToForce(source.directory.clone()));
     }
     if options.ideals > 0 && !request.baseline.as_ref().is_some_and(Source::is_dense) {
@@ -235,7 +244,7 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn plan(&self, script: &Script) -> Result<Plan, Error> {
-        let Options { session, seed, force_skip, ideals, .. } = self.options;
+        let Options { session, seed, force_skip, force_fixed, ideals, .. } = self.options;
         let mut plan = Plan::default();
         for (number, (source, known)) in self.sources.iter().zip(self.prepared).enumerate() {
             let facts = known.facts.as_ref().filter(|_| !source.routed().is_empty());
@@ -248,9 +257,13 @@ impl Bench<'_> {
             };
             plan.alone(number, Form::AsItIs, shares);
             let is_baseline = number == 0 && self.request.baseline.is_some();
-            if !is_baseline && !force_skip.is_empty() {
-                let draws: Vec<Draws> =
-                    force_skip.iter().map(|skip| Draws { seed: *seed, skip: *skip }).collect();
+            if !is_baseline && !force_skip.is_empty() && !source.routed().is_empty() {
+                let forms: &[bool] = if *force_fixed { &[false, true] } else { &[false] };
+                let draws: Vec<Draws> = force_skip
+                    .iter()
+                    .flat_map(|&skip| forms.iter().map(move |&fixed| (skip, fixed)))
+                    .map(|(skip, fixed)| Draws { seed: *seed, skip, fixed })
+                    .collect();
                 plan.forced((source, number), facts, script, &draws);
             }
         }
@@ -289,8 +302,9 @@ impl Bench<'_> {
                     let draws = run.draws;
                     let decide = |input: &_| draws.map(|draws| draws.routing(modules, input));
                     let prefix = &self.prepared[planned.source].prefix;
-                    let seconds = measure::run(&mut opened, script, prefix, &decide)
-                        .map_err(|error| source.failed("timing", error))?;
+                    let seconds =
+                        measure::run(&mut opened, script, prefix, self.options.caches, &decide)
+                            .map_err(|error| source.failed("timing", error))?;
                     run.seconds.push(seconds);
                     run.loading.push(vec![loading]);
                 }

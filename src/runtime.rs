@@ -23,6 +23,7 @@ pub mod session;
 mod tensor;
 
 pub use self::decoder::OnnxDecoder;
+pub use self::interface::CacheFacts;
 pub use self::library::{BadVersion, Rejection, Version};
 pub use self::locate::{Found, Search};
 pub use self::placement::Placement;

@@ -230,7 +230,7 @@ fn a_static_graph_is_the_routed_one_with_its_decisions() {
 #[test]
 fn decisions_are_forced_token_by_token() {
     let exports = Exports::of("llama-gqa");
-    let draws = Draws { seed: 3, skip: 0.4 };
+    let draws = Draws { seed: 3, skip: 0.4, fixed: false };
     let prompts = [vec![5, 17, 200, 3], vec![1, 300, 44, 8]];
     let together = Input::prompts(&prompts, Logits::All);
     for dispatch in DISPATCHES {

@@ -9,8 +9,8 @@ use skipgpt_export::decoder::{Decoder, Input, Logits, Peek};
 use skipgpt_export::generate;
 use skipgpt_export::runtime::decoder::Error;
 use skipgpt_export::runtime::{
-    self, OnnxDecoder, Optimization, Options, Provider, Rejection, Runtime, Search, Session,
-    Version, session,
+    self, CacheFacts, OnnxDecoder, Optimization, Options, Provider, Rejection, Runtime, Search,
+    Session, Version, session,
 };
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
@@ -229,8 +229,23 @@ fn what_is_no_decoder_is_refused() {
     };
     let message = refused(Tiny::Strange);
     assert!(message.starts_with("the graph has an input pixel_values; a decoder has"), "{message}");
+    let message = refused(Tiny::Open);
+    assert!(message.contains("with fixed heads"), "{message}");
     let message = refused(Tiny::NoPresentValue);
     assert_eq!(message, "the graph has no output present.3.value");
+}
+
+#[test]
+fn what_a_graph_leaves_open_can_be_said_beside_it() {
+    let session = open(Tiny::Open, &Options::default());
+    let facts = CacheFacts { head_dim: Some(2), ..CacheFacts::default() };
+    let mut decoder = OnnxDecoder::with_facts(session, Vec::new(), facts).unwrap();
+    let mut known = self::decoder(Tiny::Plain);
+    let first = Input::prompts(&[vec![5, 1, 2]], Logits::All);
+    for input in [first.clone(), first.then(&[3])] {
+        let [a, b] = [&mut decoder, &mut known].map(|d| d.step(&input).unwrap().logits);
+        assert_eq!(a, b);
+    }
 }
 
 #[test]

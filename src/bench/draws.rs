@@ -1,5 +1,5 @@
 //! Decisions that are drawn: from a seed, a module, a row and a position, and from nothing else, so
-//! that they do not depend on who asks, or in which order.
+//! that they do not depend on who asks, or in which order; or once for all tokens.
 
 use std::collections::BTreeSet;
 
@@ -17,10 +17,26 @@ pub struct Draws {
     pub seed: u64,
     /// Share that is skipped, 0 to 1.
     pub skip: f64,
+    /// Whether all tokens skip the same modules, as in a static graph.
+    pub fixed: bool,
 }
 
 impl Draws {
-    /// Whether `module` skips the token of row `row` at `position`.
+    /// The modules that every token skips, if they are drawn once: of each kind the share, rounded.
+    pub fn skipped(&self, modules: &[ModuleId]) -> Option<BTreeSet<ModuleId>> {
+        let of_kind = |kind| {
+            let modules: Vec<_> = modules.iter().copied().filter(|m| m.kind == kind).collect();
+            let count = (self.skip * modules.len() as f64).round() as usize;
+            choose(&modules, count, self.seed)
+        };
+        self.fixed.then(|| {
+            let [mut attention, mlp] = [ModuleKind::Attention, ModuleKind::Mlp].map(of_kind);
+            attention.extend(mlp);
+            attention
+        })
+    }
+
+    /// Whether `module` skips the token of row `row` at `position`, where each token has its own draw.
     pub fn skips(&self, module: ModuleId, row: usize, position: i64) -> bool {
         let words = [number(module), row as u64, position as u64];
         // 53 bits: every share that f64 tells from 1 is reached, and 1 is never drawn.
@@ -31,8 +47,12 @@ impl Draws {
     /// The decisions of `modules` on the new tokens of `input`.
     pub fn routing(&self, modules: &[ModuleId], input: &Input) -> Routing {
         let (rows, sequence) = input.ids.dim();
+        let skipped = self.skipped(modules);
         let margin = |(m, b, s): (usize, usize, usize)| {
-            let skips = self.skips(modules[m], b, input.positions[[b, s]]);
+            let skips = match &skipped {
+                Some(skipped) => skipped.contains(&modules[m]),
+                None => self.skips(modules[m], b, input.positions[[b, s]]),
+            };
             if skips { f32::NEG_INFINITY } else { f32::INFINITY }
         };
         let margins = Array3::from_shape_fn((modules.len(), rows, sequence), margin);
@@ -89,7 +109,7 @@ mod tests {
     }
 
     fn draws(skip: f64) -> Draws {
-        Draws { seed: 7, skip }
+        Draws { seed: 7, skip, fixed: false }
     }
 
     /// Over 4 rows and 100 positions of 20 modules: 8,000 draws.
@@ -152,6 +172,22 @@ mod tests {
         for share in shares {
             assert!((share - 0.5).abs() < 4.0 * 0.5 / 8000.0_f64.sqrt(), "{shares:?}");
         }
+    }
+
+    #[test]
+    fn drawn_once_every_token_skips_the_same() {
+        let modules = modules(10);
+        let draws = Draws { fixed: true, ..draws(0.4) };
+        let skipped = draws.skipped(&modules).unwrap_or_default();
+        for kind in [ModuleKind::Attention, ModuleKind::Mlp] {
+            assert_eq!(skipped.iter().filter(|module| module.kind == kind).count(), 4);
+        }
+        let input = Input::prompts(&[vec![1, 2, 3], vec![4, 5, 6]], Logits::Last);
+        let routing = draws.routing(&modules, &input);
+        for ((m, b, s), _) in routing.margins.indexed_iter() {
+            assert_eq!(routing.keeps(m, b, s), !skipped.contains(&modules[m]));
+        }
+        assert_eq!(Draws { fixed: false, ..draws }.skipped(&modules), None);
     }
 
     #[test]

@@ -13,12 +13,23 @@ pub(super) fn order(round: usize, count: usize) -> Vec<usize> {
     if round.is_multiple_of(2) { (0..count).collect() } else { (0..count).rev().collect() }
 }
 
+/// How caches are held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Caches {
+    /// Past and present in one buffer as long as a workload needs, where a graph allows it.
+    #[default]
+    Reserved,
+    /// Every step gives a longer one, as for a client that binds nothing.
+    Growing,
+}
+
 /// Seconds of every sample of `script`. `decide` gives the decisions of a step, for a graph that takes
 /// them; making and handing them over is not timed.
 pub(super) fn run(
     opened: &mut Opened,
     script: &Script,
     prefix: &[CacheEntry],
+    caches: Caches,
     decide: &dyn Fn(&Input) -> Option<Routing>,
 ) -> Result<Vec<f64>, Error> {
     use crate::decoder::Decoder;
@@ -31,7 +42,7 @@ pub(super) fn run(
         Ok::<Duration, Error>(start.elapsed())
     };
     opened.decoder.reset();
-    opened.decoder.reserve(script.longest());
+    opened.decoder.reserve(if caches == Caches::Reserved { script.longest() } else { 0 });
     if script.start > 0 {
         opened.decoder.restore(rows(prefix, script.batch(), script.start))?;
     }

@@ -7,7 +7,7 @@ use ndarray::Array4;
 
 use super::subject::{Form, Source};
 use super::workload::{Script, Steps, Tokens, Workload};
-use super::{Error, measure};
+use super::{Caches, Error, measure};
 use crate::decoder::CacheEntry;
 use crate::runtime::{OnnxDecoder, Runtime, session};
 
@@ -23,6 +23,7 @@ pub fn peak(
     source: &Source,
     workload: Workload,
     tokens: &Tokens,
+    caches: Caches,
     runtime: &Runtime,
     options: &session::Options,
 ) -> Result<Option<u64>, Error> {
@@ -30,7 +31,7 @@ pub fn peak(
     let script = Script { warmup: Vec::new(), ..Script::new(workload, tokens, steps)? };
     let mut opened = source.load(&Form::AsItIs, runtime, options)?;
     let zeros = if script.start > 0 { zeros(&opened.decoder) } else { Vec::new() };
-    measure::run(&mut opened, &script, &zeros, &|_| None)
+    measure::run(&mut opened, &script, &zeros, caches, &|_| None)
         .map_err(|error| source.failed("measuring memory", error))?;
     Ok(of_process())
 }

@@ -95,7 +95,7 @@ impl Plan {
     }
 
     /// Adds the ideals of every run that skips: forms of the baseline, source 0, without as many
-    /// modules of each kind as the run skips on average.
+    /// modules of each kind as the run skips on average, or without the very ones it never runs.
     pub(super) fn idealise(
         &mut self,
         sources: &[Source],
@@ -110,7 +110,9 @@ impl Plan {
             if source.removes() {
                 return Err(Error::IdealOfPruned(source.directory.clone()));
             }
-            for removed in removals(source, &shares, ideals) {
+            let fixed = self.runs[at].draws.and_then(|draws| draws.skipped(source.routed()));
+            let removed = fixed.map_or_else(|| removals(source, &shares, ideals), |set| vec![set]);
+            for removed in removed {
                 let found = known.iter().find(|(modules, _)| *modules == removed);
                 let run = if let Some((_, run)) = found {
                     *run
@@ -157,7 +159,7 @@ fn dithered(value: f64, turn: usize, turns: usize) -> usize {
 /// The decisions of a model whose modules `removed` never run.
 fn never(removed: &BTreeSet<ModuleId>, script: &Script) -> Vec<(Input, Routing)> {
     let modules: Vec<ModuleId> = removed.iter().copied().collect();
-    let skips = Draws { seed: 0, skip: 1.0 };
+    let skips = Draws { seed: 0, skip: 1.0, fixed: true };
     script.distinct().map(|step| (step.clone(), skips.routing(&modules, step))).collect()
 }
 

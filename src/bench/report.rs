@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::plan::{Plan, Run};
 use super::stats::{Medians, Ratio, Spread};
-use super::{Options, Request, Shares, Source, Tokens, Workload};
+use super::{Caches, Draws, Options, Request, Shares, Source, Tokens, Workload};
 
 mod csv;
 mod table;
@@ -27,6 +27,8 @@ pub struct Report {
     pub warmup: usize,
     /// Of everything drawn.
     pub seed: u64,
+    /// Whether caches grew by copies, step by step.
+    pub growing_cache: bool,
     /// Whether the tokens were a text's; otherwise they were drawn.
     pub text: bool,
     /// Line by line: by workload, the baseline first.
@@ -70,8 +72,10 @@ pub enum Decisions {
     None,
     /// The artifact's routers'.
     Own,
-    /// Drawn ones.
+    /// Drawn ones, for each token apart.
     Drawn,
+    /// Drawn ones, the same for all tokens.
+    Fixed,
     /// Another exporter's graph.
     Unknown,
 }
@@ -103,6 +107,7 @@ impl Report {
             rounds: options.rounds,
             warmup: options.steps.warmup,
             seed: options.seed,
+            growing_cache: options.caches == Caches::Growing,
             text: matches!(request.tokens, Tokens::Text(_)),
             lines,
         }
@@ -141,6 +146,7 @@ pub(super) fn lines(
             workload,
             artifact: source.directory.display().to_string(),
             decisions: match (&source.artifact, run.draws, source.routed()) {
+                (_, Some(Draws { fixed: true, .. }), _) => Decisions::Fixed,
                 (_, Some(_), _) => Decisions::Drawn,
                 (None, ..) => Decisions::Unknown,
                 (Some(_), None, []) => Decisions::None,
@@ -186,6 +192,9 @@ impl Line {
             (Decisions::Drawn, Some(percent)) => {
                 // Writing to a string does not fail.
                 let _ = write!(text, "drawn {percent} %");
+            }
+            (Decisions::Fixed, Some(percent)) => {
+                let _ = write!(text, "fixed {percent} %");
             }
             (Decisions::Own, _) => text.push_str("own"),
             (Decisions::Unknown, _) => text.push('?'),

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use ndarray::{Array2, Array4};
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
+use super::foreign::cache_facts;
 use super::shares::Facts;
 use super::workload::{Script, Tokens, input};
 use super::{Error, Place};
 use crate::artifact::{self, Artifact, names};
 use crate::decoder::{CacheEntry, Decoder, Input, Routing};
 use crate::onnx::{RouterMargins, force, without};
-use crate::runtime::{OnnxDecoder, Runtime, Session, session};
+use crate::runtime::{CacheFacts, OnnxDecoder, Runtime, Session, session};
 use crate::watch::Watched;
 
 /// Tokens of one chunk of the prefix that fills a cache.
@@ -25,6 +26,8 @@ pub struct Source {
     pub directory: PathBuf,
     /// What this tool knows of it; `None` for another exporter's.
     pub artifact: Option<Artifact>,
+    /// What another exporter's `genai_config.json` says of the cache.
+    cache: CacheFacts,
 }
 
 /// The form of a source that a session runs.
@@ -52,16 +55,17 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// As [`artifact::open`]; [`artifact::Error::NotAnArtifact`] if there is no graph either.
+    /// As [`artifact::open`]; [`artifact::Error::NotAnArtifact`] if there is no graph either, and
+    /// [`artifact::Error::Json`] if what lies beside it is no configuration.
     pub fn open(directory: &Path) -> Result<Self, artifact::Error> {
-        let artifact = match artifact::open(directory) {
-            Ok(artifact) => Some(artifact),
+        let (artifact, cache) = match artifact::open(directory) {
+            Ok(artifact) => (Some(artifact), CacheFacts::default()),
             Err(artifact::Error::NotAnArtifact(_)) if directory.join(names::MODEL).is_file() => {
-                None
+                (None, cache_facts(directory)?)
             }
             Err(error) => return Err(error),
         };
-        Ok(Self { directory: directory.to_owned(), artifact })
+        Ok(Self { directory: directory.to_owned(), artifact, cache })
     }
 
     /// Modules with a router, in the order they run.
@@ -126,7 +130,8 @@ impl Source {
         };
         let emits = artifact.filter(|artifact| artifact.manifest.options.emit_routing);
         let modules = emits.map(|a| a.manifest.routing.routed.clone()).unwrap_or_default();
-        let decoder = OnnxDecoder::new(session, modules).map_err(|e| self.failed("loading", e))?;
+        let decoder = OnnxDecoder::with_facts(session, modules, self.cache)
+            .map_err(|error| self.failed("loading", error))?;
         Ok(Opened { decoder, inputs })
     }
 

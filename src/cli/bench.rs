@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use skipgpt_export::bench::{self, Source, Steps, Tokens, Workload, memory};
+use skipgpt_export::bench::{self, Caches, Source, Steps, Tokens, Workload, memory};
 use skipgpt_export::onnx;
 use skipgpt_export::runtime::{Runtime, Version};
 use skipgpt_export::text::Tokenizer;
@@ -46,6 +46,9 @@ pub(crate) struct Arguments {
     /// Also time drawn decisions that skip these percentages
     #[arg(long, value_name = "PERCENT", value_delimiter = ',')]
     force_skip: Vec<f64>,
+    /// Time each of them also with the same modules skipped by every token
+    #[arg(long, requires = "force_skip")]
+    force_fixed: bool,
     /// Compare with static graphs of the baseline that do the same share of multiply-adds
     #[arg(long)]
     ideal: bool,
@@ -55,6 +58,9 @@ pub(crate) struct Arguments {
     /// Of drawn tokens, decisions and removals
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Let caches grow by copies, as in clients that hand over no buffers of their own
+    #[arg(long)]
+    growing_cache: bool,
     /// Leave peak memory out: it takes another process for each artifact and workload
     #[arg(long)]
     no_memory: bool,
@@ -94,8 +100,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
             warmup: arguments.warmup,
         },
         force_skip: arguments.force_skip.iter().map(|percent| percent / 100.0).collect(),
+        force_fixed: arguments.force_fixed,
         ideals: if arguments.ideal { arguments.ideal_seeds as usize } else { 0 },
         seed: arguments.seed,
+        caches: caches(arguments),
         session: sources::session_options(&arguments.runtime),
     };
     let bar = screen::count("timing");
@@ -121,6 +129,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     }
     screen::report(&report, &arguments.report)?;
     Ok(Verdict::Holds)
+}
+
+const fn caches(arguments: &Arguments) -> Caches {
+    if arguments.growing_cache { Caches::Growing } else { Caches::Reserved }
 }
 
 fn workloads(arguments: &Arguments) -> Vec<Workload> {
@@ -175,6 +187,9 @@ fn peak_of(arguments: &Arguments, directory: &Path, workload: Workload) -> Resul
         Provider::Cpu => "cpu",
         Provider::Cuda => "cuda",
     });
+    if arguments.growing_cache {
+        command.arg("--growing-cache");
+    }
     if let Some(path) = onnxruntime {
         command.arg("--onnxruntime").arg(path);
     }
@@ -200,7 +215,7 @@ fn print_peak(arguments: &Arguments, workload: Workload) -> Result<Verdict> {
     let options = sources::session_options(&arguments.runtime);
     // Ids of an embedding's first rows alone: any vocabulary has them.
     let tokens = Tokens::Drawn { seed: arguments.seed, vocab: 1 };
-    let peak = memory::peak(&source, workload, &tokens, &runtime, &options)?;
+    let peak = memory::peak(&source, workload, &tokens, caches(arguments), &runtime, &options)?;
     screen::line(peak.map_or("unknown".to_owned(), |bytes| bytes.to_string()))?;
     Ok(Verdict::Holds)
 }

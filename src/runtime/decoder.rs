@@ -13,7 +13,9 @@ use ort::session::{IoBinding, SessionOutputs};
 use ort::value::{DynTensor, DynValue, Tensor};
 use skipgpt_passes::ir::ModuleId;
 
-use super::interface::{ATTENTION_MASK, Half, INPUT_IDS, Interface, LOGITS, POSITION_IDS, ROUTING};
+use super::interface::{
+    ATTENTION_MASK, CacheFacts, Half, INPUT_IDS, Interface, LOGITS, POSITION_IDS, ROUTING,
+};
 use super::tensor::{from_floats, from_integers, to_array, to_ranked};
 use super::{Provider, Session};
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
@@ -43,10 +45,19 @@ impl OnnxDecoder {
     /// Takes `session` as a decoder. `modules` are those of its output `routing_margins`, in its
     /// order; empty where the graph has no such output.
     pub fn new(session: Session, modules: Vec<ModuleId>) -> Result<Self, Error> {
+        Self::with_facts(session, modules, CacheFacts::default())
+    }
+
+    /// The same for a graph that leaves open what `facts` say of its cache: another exporter's.
+    pub fn with_facts(
+        session: Session,
+        modules: Vec<ModuleId>,
+        facts: CacheFacts,
+    ) -> Result<Self, Error> {
         let graph = &session.inner;
-        let interface = Interface::read(graph.inputs(), graph.outputs(), modules.len())?;
+        let interface = Interface::read(graph.inputs(), graph.outputs(), modules.len(), facts)?;
         let shares = graph.metadata().map_err(Error::Run)?.custom(SHARED_BUFFER);
-        let shares = shares.is_some_and(|value| value == "true");
+        let shares = facts.shared_buffer || shares.is_some_and(|value| value == "true");
         let forced = BTreeMap::new();
         Ok(Self { session, interface, modules, cache: None, shares, reserved: 0, forced })
     }

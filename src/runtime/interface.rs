@@ -26,6 +26,17 @@ pub(super) const POSITION_IDS: &str = "position_ids";
 pub(super) const LOGITS: &str = "logits";
 pub(super) const ROUTING: &str = "routing_margins";
 
+/// What a configuration beside a graph says of its cache, where the graph itself leaves it open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheFacts {
+    /// Key and value heads.
+    pub kv_heads: Option<usize>,
+    /// Width of one.
+    pub head_dim: Option<usize>,
+    /// Whether past and present may be one buffer.
+    pub shared_buffer: bool,
+}
+
 /// What a decoder's graph takes and gives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Interface {
@@ -75,6 +86,7 @@ impl Interface {
         inputs: &[Outlet],
         outputs: &[Outlet],
         modules: usize,
+        stated: CacheFacts,
     ) -> Result<Self, Error> {
         let mut positions = false;
         let mut pasts = BTreeMap::new();
@@ -103,8 +115,8 @@ impl Interface {
         let layers = pasts
             .into_iter()
             .map(|(index, [key, value])| {
-                let key = half(index, "key", key, outputs)?;
-                let value = half(index, "value", value, outputs)?;
+                let key = half((index, "key"), key, outputs, stated)?;
+                let value = half((index, "value"), value, outputs, stated)?;
                 Ok(LayerCache { index, key, value })
             })
             .collect::<Result<_, Error>>()?;
@@ -146,10 +158,10 @@ fn biases(outlet: &Outlet) -> Result<(), Error> {
 }
 
 fn half(
-    layer: usize,
-    part: &str,
+    (layer, part): (usize, &str),
     input: Option<&Outlet>,
     outputs: &[Outlet],
+    stated: CacheFacts,
 ) -> Result<Half, Error> {
     let past = format!("past_key_values.{layer}.{part}");
     let present = format!("present.{layer}.{part}");
@@ -161,8 +173,9 @@ fn half(
     let (&[_, heads, _, head_dim], true) = (&**shape, is_float(element)) else {
         return Err(wrong(input, expected, input.dtype()));
     };
-    let (true, Ok(heads), Ok(head_dim)) =
-        (heads > 0 && head_dim > 0, usize::try_from(heads), usize::try_from(head_dim))
+    let size = |dim, stated| usize::try_from(dim).ok().filter(|dim| *dim > 0).or(stated);
+    let (Some(heads), Some(head_dim)) =
+        (size(heads, stated.kv_heads), size(head_dim, stated.head_dim))
     else {
         return Err(wrong(input, expected, input.dtype()));
     };

@@ -41,6 +41,8 @@ pub(crate) enum Tiny {
     External,
     /// The cache forgets the past.
     Forgetful,
+    /// How wide the cache's heads are is not said.
+    Open,
     /// An input no decoder has.
     Strange,
     /// No output for the values' cache.
@@ -51,7 +53,8 @@ impl Tiny {
     /// The file's bytes, and those of [`WEIGHTS`].
     pub(crate) fn bytes(self) -> (Vec<u8>, Vec<u8>) {
         let float = if self == Self::Half { DataType::FLOAT16 } else { DataType::FLOAT };
-        let cache = |name: &str, length| value(name, float, &["batch", "1", length, "2"]);
+        let width = if self == Self::Open { "head_dim" } else { "2" };
+        let cache = |name: &str, length| value(name, float, &["batch", "1", length, width]);
         let mut nodes = vec![
             node("Gather", &["embedding", "input_ids"], "hidden", None),
             node("Unsqueeze", &["hidden", "one"], "key", None),

@@ -40,6 +40,7 @@ fn report() -> Report {
         rounds: 3,
         warmup: 4,
         seed: 0,
+        growing_cache: false,
         text: false,
         lines: vec![line("a/dense", Decisions::None), drawn],
     }
