@@ -109,7 +109,7 @@ fn embedding_and_head_stay_floats_where_planned() {
             let exported = quantised(case, Dispatch::Masked, quantization);
             let gathers = exported.graph.contains("GatherBlockQuantized(");
             assert_eq!(gathers, embedding, "{case}");
-            assert_eq!(exported.graph.contains("head = com.microsoft::MatMulNBits("), head);
+            assert_eq!(exported.graph.contains("logits = com.microsoft::MatMulNBits("), head);
             check(case, &exported);
         }
     }

@@ -16,6 +16,7 @@ use super::graph::Dim;
 use super::router::Decision;
 use super::stream::Stream;
 
+mod attend;
 mod core;
 mod heads;
 mod shared;
@@ -214,9 +215,9 @@ impl Context<'_> {
         };
         let context = format!("{}.context.kept", self.name);
         let kept = (Dim::Open, self.query_width());
-        let single = &self.shared.single;
+        let by_group = self.shared.grouped.as_ref().map_or("", |g| g.takes_some(decision.dispatch));
         let [context, key, value] =
-            self.branch(b, &[context, key, value], kept, single, step, chunk);
+            self.branch(b, &[context, key, value], kept, by_group, step, chunk);
         [self.add_output(b, &rows, x, &context, &output), key, value]
     }
 

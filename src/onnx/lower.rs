@@ -20,9 +20,9 @@ pub const ROUTING: &str = "routing_margins";
 pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let config = &model.config;
     let mut b = Builder::new(options.dtype);
-    let rows = embedding_rows(&mut b, model);
+    let embedding = embedding_rows(&mut b, model);
     let shared = attention::preamble(&mut b, model, options.attention == Attention::Grouped);
-    let embedded = embed(&mut b, model, rows.as_deref());
+    let embedded = embed(&mut b, model, embedding.as_deref());
     let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
     let mut stream = Stream::Value(b.op("layers.input", "Reshape", &[&embedded, &flat]));
 
@@ -31,9 +31,8 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     }
 
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
-    let scores = head(&mut b, model, rows.as_deref(), &normed);
-    let scores = b.as_f32("head.f32", &scores);
-    b.op("logits", "Reshape", &[&scores, &shared.batch_sequence]);
+    let rows = b.op("head.input", "Reshape", &[&normed, &shared.batch_sequence]);
+    logits(&mut b, model, embedding.as_deref(), &rows);
 
     let mut outputs = vec![Value {
         name: "logits".into(),
@@ -93,15 +92,29 @@ fn embed(b: &mut Builder, model: &Model, rows: Option<&str>) -> Name {
     }
 }
 
-/// Logits `[tokens, vocab]` in the model's dtype; the weight is the embedding itself where they are
-/// tied.
-fn head(b: &mut Builder, model: &Model, rows: Option<&str>, x: &str) -> Name {
-    match rows.filter(|_| model.head.weight == model.embedding) {
-        Some(weight) => {
-            let bias = model.head.bias.as_ref().map(|bias| b.weight("head.bias", bias));
-            b.gemm("head", x, weight, bias.as_deref())
+/// The output `logits`, `[batch, positions, vocab]` in `f32`, of the normed stream `x` `[batch, positions,
+/// hidden]`. The weight is the embedding itself where they are tied. The product has the output's shape: to
+/// reshape it would copy what may be the largest tensor of a prefill.
+fn logits(b: &mut Builder, model: &Model, embedding: Option<&str>, x: &str) {
+    let head = &model.head;
+    let last = head.bias.is_none() && b.dtype == DType::F32;
+    let name = if last { "logits" } else { "head" };
+    let mut scores = match quantized(&head.weight) {
+        Some(weight) => b.matmul_bits_as(name, "head", x, weight, b.dtype),
+        None => {
+            let tied = embedding.filter(|_| head.weight == model.embedding).map(str::to_owned);
+            let weight = tied.unwrap_or_else(|| b.weight("head.weight", &head.weight));
+            let transposed = vec![("transB", Attribute::Int(1))];
+            b.microsoft(name, "FusedMatMul", &[x, &weight], transposed)
         }
-        None => b.linear("head", x, &model.head, b.dtype),
+    };
+    if let Some(bias) = &head.bias {
+        let bias = b.weight("head.bias", bias);
+        let sum = if b.dtype == DType::F32 { "logits" } else { "head.biased" };
+        scores = b.op(sum, "Add", &[&scores, &bias]);
+    }
+    if b.dtype != DType::F32 {
+        b.cast("logits", &scores, DType::F32);
     }
 }
 

@@ -27,9 +27,21 @@ pub(super) fn quantized(weight: &Weight) -> Option<(Weight, Scheme)> {
 }
 
 impl Builder {
-    /// `x · Wᵀ` for `x` `[tokens, in]` and a matrix `[out, in]` in few bits.
+    /// `x · Wᵀ` for `x` `[…, in]` and a matrix `[out, in]` in few bits: `[…, out]`.
     pub(super) fn matmul_bits(
         &mut self,
+        name: &str,
+        x: &str,
+        weight: (Weight, Scheme),
+        dtype: DType,
+    ) -> Name {
+        self.matmul_bits_as(name, name, x, weight, dtype)
+    }
+
+    /// The same, called `output`; `name` is that of the weight.
+    pub(super) fn matmul_bits_as(
+        &mut self,
+        output: &str,
         name: &str,
         x: &str,
         (weight, scheme): (Weight, Scheme),
@@ -46,7 +58,7 @@ impl Builder {
             ("bits", Attribute::Int(scheme.bits.count() as i64)),
             ("block_size", Attribute::Int(scheme.block as i64)),
         ];
-        self.microsoft(name, "MatMulNBits", &inputs, attributes)
+        self.microsoft(output, "MatMulNBits", &inputs, attributes)
     }
 
     /// Rows of a matrix `[rows, width]` in few bits: `[batch, sequence, width]` for indices

@@ -1,25 +1,23 @@
-//! The cache, and attention over it.
+//! The cache, and every token's attention over it.
 //!
-//! A step of one token a sequence goes through `GroupQueryAttention`, which appends to the cache in
-//! place where past and present are one buffer, and reads it once. It assumes padding on the right, so
-//! it is told what a query may see; and it refuses several tokens for several sequences on top of a
-//! cache, so chunks go through elementary operators, which can also leave out the queries of skipped
-//! tokens.
+//! `GroupQueryAttention` appends to the cache in place where past and present are one buffer, and reads
+//! it once. It assumes padding on the right, so it is told what a query may see. Several tokens of several
+//! sequences it refuses on top of a cache, and turns wrongly where they are padded on the left: those go
+//! another way. So do chunks of which some tokens are skipped, because it computes as many queries as it
+//! appends keys.
 
-use skipgpt_passes::ir::Config;
-
-use super::heads::{Projected, heads_first, swap_middle};
+use super::attend::Queries;
+use super::heads::{Projected, heads_first};
 use super::{Context, WithCache};
 use crate::onnx::builder::{Builder, Name};
-use crate::onnx::dispatch::Rows;
 use crate::onnx::graph::{Attribute, Dim};
 
 /// Keys and values after a step.
 pub(super) struct Cache {
     /// Keys of every cached token, `[batch, kv_heads, total, head_dim]`.
-    keys: Name,
+    pub(super) keys: Name,
     /// Values likewise.
-    values: Name,
+    pub(super) values: Name,
     /// The caches as the step gives them: longer, where the buffer is.
     pub(super) present: [Name; 2],
 }
@@ -28,24 +26,23 @@ impl Context<'_> {
     /// Attention of every token: its context `[tokens, heads · head_dim]`, and the caches.
     pub(super) fn core(&self, b: &mut Builder, projected: &Projected) -> WithCache {
         let names = self.outputs(&format!("{}.context", self.name));
-        if self.shared.grouped.is_none() {
-            return self.decomposed(b, &self.name, projected, &names);
-        }
+        let Some(grouped) = &self.shared.grouped else {
+            return self.appended_core(b, &self.name, projected, &names);
+        };
         let inside =
             |place: &str| ["context", "key", "value"].map(|part| format!("{place}.{part}"));
-        let [step, chunk] = ["step", "chunk"].map(|part| format!("{}.{part}", self.name));
-        let single = &self.shared.single;
+        let [joint, chunk] = ["joint", "chunk"].map(|part| format!("{}.{part}", self.name));
         self.branch(
             b,
             &names,
             (Dim::Symbolic("tokens"), self.query_width()),
-            single,
-            |b| self.grouped(b, &step, projected, &inside(&step)),
-            |b| self.decomposed(b, &chunk, projected, &inside(&chunk)),
+            &grouped.takes,
+            |b| self.grouped(b, &joint, projected, &inside(&joint)),
+            |b| self.appended_core(b, &chunk, projected, &inside(&chunk)),
         )
     }
 
-    /// One token a sequence, by `GroupQueryAttention`.
+    /// Every token, by `GroupQueryAttention`, which must take the step.
     pub(super) fn grouped(
         &self,
         b: &mut Builder,
@@ -127,8 +124,8 @@ impl Context<'_> {
         format!("past_key_values.{}.{part}", self.layer)
     }
 
-    /// Any number of tokens, by elementary operators.
-    fn decomposed(
+    /// Every token of any step: the cache first, then attention over it.
+    fn appended_core(
         &self,
         b: &mut Builder,
         place: &str,
@@ -136,16 +133,10 @@ impl Context<'_> {
         names: &WithCache,
     ) -> WithCache {
         let [q, k, v] = self.apart(b, place, projected);
-        let heads = [
-            ("q", q, self.config.num_attention_heads),
-            ("k", k, self.groups()),
-            ("v", v, self.groups()),
-        ];
-        let [q, k, v] =
-            heads.map(|(part, x, heads)| heads_first(b, &format!("{place}.{part}"), &x, heads));
+        let [k, v] = [("k", k), ("v", v)]
+            .map(|(part, x)| heads_first(b, &format!("{place}.{part}"), &x, self.groups()));
         let cache = self.append(b, place, &k, &v, names.clone());
-        let q = self.rotate(b, &format!("{place}.q.rotated"), &q, &self.shared.rows);
-        let context = self.attend(b, place, &q, &cache, &self.shared.group_bias, &names[0]);
+        let context = self.attend(b, place, &Queries::All(&q), &cache, &names[0]);
         let [key, value] = cache.present;
         [context, key, value]
     }
@@ -183,101 +174,8 @@ impl Context<'_> {
         Cache { keys, values, present: all.map(|(_, present)| present) }
     }
 
-    /// Attention of every token, zeros standing for the queries of those that are not kept: `[tokens,
-    /// heads · head_dim]`.
-    pub(super) fn core_in_place(
-        &self,
-        b: &mut Builder,
-        place: &str,
-        rows: &Rows,
-        q: &str,
-        cache: &Cache,
-    ) -> Name {
-        let q = rows.scatter(b, &format!("{place}.q.all"), self.zero_queries(), q);
-        let q = heads_first(b, &format!("{place}.q"), &q, self.config.num_attention_heads);
-        let q = self.rotate(b, &format!("{place}.q.rotated"), &q, &self.shared.rows);
-        self.attend(b, place, &q, cache, &self.shared.group_bias, &format!("{place}.context"))
-    }
-
-    /// Attention of the kept rows, at least one, from their queries `[kept, heads · head_dim]`: `[kept,
-    /// heads · head_dim]`. With one sequence no other query is computed.
-    pub(super) fn kept_core(&self, b: &mut Builder, rows: &Rows, q: &str, cache: &Cache) -> Name {
-        let place = |part: &str| format!("{}.{part}", self.name);
-        let (one, all, name) = (place("compact"), place("in_place"), place("context.of_kept"));
-        let shape = vec![Dim::Open, Dim::Fixed(self.query_width())];
-        let compact = |b: &mut Builder| [self.compact(b, &one, rows, q, cache)];
-        let in_place = |b: &mut Builder| {
-            let context = self.core_in_place(b, &all, rows, q, cache);
-            [rows.gather(b, &format!("{all}.context.rows"), &context)]
-        };
-        let [context] = b.branch(&[(&name, shape)], &self.shared.one_sequence, compact, in_place);
-        context
-    }
-
-    fn compact(&self, b: &mut Builder, place: &str, rows: &Rows, q: &str, cache: &Cache) -> Name {
-        let Config { num_attention_heads: heads, num_key_value_heads: groups, head_dim, .. } =
-            *self.config;
-        let shape = b.ints("shapes.kept_heads", &[1, -1, heads as i64, head_dim as i64]);
-        let q = b.op(&format!("{place}.q.heads"), "Reshape", &[q, &shape]);
-        let q = b.op_with(&format!("{place}.q.heads_first"), "Transpose", &[&q], swap_middle());
-        let row = b.ints("shapes.row", &[1, -1]);
-        let numbers = b.op(&format!("{place}.numbers"), "Reshape", &[rows.numbers(), &row]);
-        let q = self.rotate(b, &format!("{place}.q.rotated"), &q, &numbers);
-        let along = vec![("axis", Attribute::Int(2))];
-        let name = format!("{place}.bias");
-        let mut bias =
-            b.op_with(&name, "Compress", &[&self.shared.bias, rows.keep()], along.clone());
-        if heads > groups {
-            let copies = vec![bias.as_str(); heads / groups];
-            bias = b.op_with(&format!("{name}.groups"), "Concat", &copies, along);
-        }
-        self.attend(b, place, &q, cache, &bias, &format!("{place}.context"))
-    }
-
-    /// `softmax(q · Kᵀ / √head_dim + bias) · V` of rotated queries `[batch, heads, queries,
-    /// head_dim]`: `[batch · queries, heads · head_dim]`, called `output`.
-    ///
-    /// The queries that share a key are rows of one matrix, so keys and values need no copies.
-    fn attend(
-        &self,
-        b: &mut Builder,
-        place: &str,
-        q: &str,
-        cache: &Cache,
-        bias: &str,
-        output: &str,
-    ) -> Name {
-        let config = self.config;
-        let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-        let width = config.head_dim as i64;
-        let regroup = |b: &mut Builder, name: &str, x: &str, count: usize| {
-            if heads == groups {
-                return x.to_owned();
-            }
-            let shape = b.ints(&format!("shapes.group.{count}"), &[0, count as i64, -1, width]);
-            b.op(name, "Reshape", &[x, &shape])
-        };
-        let q = regroup(b, &format!("{place}.q.groups"), q, groups);
-        let scale = 1.0 / (config.head_dim as f64).sqrt();
-        let scores = b.microsoft(
-            &format!("{place}.scores"),
-            "FusedMatMul",
-            &[&q, &cache.keys],
-            vec![("alpha", Attribute::Float(scale as f32)), ("transB", Attribute::Int(1))],
-        );
-        let biased = b.op(&format!("{place}.scores.biased"), "Add", &[&scores, bias]);
-        let axis = vec![("axis", Attribute::Int(-1))];
-        let shares = b.op_with(&format!("{place}.shares"), "Softmax", &[&biased], axis);
-        let mixed = b.op(&format!("{place}.mixed.groups"), "MatMul", &[&shares, &cache.values]);
-        let mixed = regroup(b, &format!("{place}.mixed"), &mixed, heads);
-        let mixed =
-            b.op_with(&format!("{place}.mixed.tokens"), "Transpose", &[&mixed], swap_middle());
-        let flat = self.flat(b);
-        b.op(output, "Reshape", &[&mixed, &flat])
-    }
-
     /// The shape `[tokens, heads · head_dim]`.
-    fn flat(&self, b: &mut Builder) -> Name {
+    pub(super) fn flat(&self, b: &mut Builder) -> Name {
         b.ints("shapes.queries.flat", &[-1, self.query_width() as i64])
     }
 }

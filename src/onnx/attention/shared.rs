@@ -3,8 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use skipgpt_passes::ir::{Config, DType, Model, ModuleKind};
+use skipgpt_passes::ir::{Config, DType, Dispatch, Model, ModuleKind};
 
+use super::attend;
 use super::heads::query_width;
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::dispatch;
@@ -24,12 +25,11 @@ pub(in crate::onnx) struct Shared {
     pub(super) sin: Name,
     /// Added to attention scores: 0 where a query may look, `[batch, 1, sequence, total]`.
     pub(super) bias: Name,
-    /// The same for the queries that share a key, `[batch, 1, group · sequence, total]`.
+    /// The same for the queries that share a key, `[batch, 1, group · sequence, total]`; present where
+    /// attention goes by elementary operators.
     pub(super) group_bias: Name,
     /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
     pub(super) zero_queries: Option<Name>,
-    /// Whether there is one new token in each sequence; present if attention is grouped.
-    pub(super) single: Name,
     /// Whether there is one new token altogether; present if a module that is both grouped and
     /// conditional asks.
     pub(super) one_token: Name,
@@ -48,6 +48,10 @@ impl Shared {
 
 /// What `GroupQueryAttention` takes beside queries, keys and values.
 pub(super) struct Grouped {
+    /// Whether the operator takes the step: one token in each sequence, or one sequence.
+    pub(super) takes: Name,
+    /// Whether there is one new token in each sequence.
+    single: Name,
     /// Cached tokens after the step, less one, `[batch]`, `i32`.
     pub(super) last: Name,
     /// Cached tokens after the step, `i32`.
@@ -60,6 +64,14 @@ pub(super) struct Grouped {
     pub(super) past_vector: Name,
     /// Cached tokens after the step, `[1]`.
     pub(super) total_vector: Name,
+}
+
+impl Grouped {
+    /// Whether the operator is for a step of which some tokens are kept. One sequence can go without the
+    /// others' queries.
+    pub(super) fn takes_some(&self, dispatch: Dispatch) -> &str {
+        if dispatch == Dispatch::Conditional { &self.single } else { &self.takes }
+    }
 }
 
 /// Lengths of the step, scalars.
@@ -94,21 +106,26 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let mut is_one = |asked: bool, name: &str, count: &str| {
         if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
     };
-    let single = is_one(grouped, "step.single", &lengths.sequence);
     let one_token = is_one(grouped && conditional, "step.one_token", &tokens);
-    let one_sequence = is_one(conditional, "step.one_sequence", &batch);
+    let one_sequence = is_one(grouped || conditional, "step.one_sequence", &batch);
     if grouped && conditional {
         router::floors(b, model, &one_token);
     }
     let bias = bias(b, &lengths, &zero, &one);
-    let group_bias = group_bias(b, config, &bias);
-    head_shapes(b, config);
+    let multi_head = attend::multi_head(grouped, b.dtype);
+    let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
+    head_shapes(b, config, !multi_head);
     let mut mlps = model.layers.iter().filter_map(|layer| layer.routing(ModuleKind::Mlp));
     let zero_queries = attention().any(dispatch::gathers).then(|| zero_queries(b, config));
     if zero_queries.is_some() || mlps.any(dispatch::gathers) {
         dispatch::row_numbers(b, &range);
     }
-    let grouped = grouped.then(|| group_inputs(b, config, &lengths, (&batch, &one), [&cos, &sin]));
+    let grouped = grouped.then(|| {
+        let single = b.op("step.single", "Equal", &[&lengths.sequence, &one]);
+        let takes = b.op("step.grouped", "Or", &[&single, &one_sequence]);
+        let forms = [takes, single];
+        group_inputs(b, config, &lengths, (&batch, &one), [&cos, &sin], forms)
+    });
     Shared {
         batch_sequence,
         rows,
@@ -117,7 +134,6 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
         bias,
         group_bias,
         zero_queries,
-        single,
         one_token,
         one_sequence,
         grouped,
@@ -193,6 +209,7 @@ fn group_inputs(
     Lengths { past, total, .. }: &Lengths,
     (batch, one): (&str, &str),
     tables: [&str; 2],
+    [takes, single]: [Name; 2],
 ) -> Grouped {
     let [past_vector, total_vector, batch] = [past, total, batch].map(|name| vector(b, name));
     let last = b.op("mask.last", "Sub", &[total, one]);
@@ -209,7 +226,7 @@ fn group_inputs(
     let [cos, sin] = ["cos", "sin"].map(|part| format!("rope.{part}.long"));
     let [cos, sin] = [(cos, tables[0]), (sin, tables[1])]
         .map(|(name, table)| b.op_with(&name, "Concat", &[table, &more], axis.clone()));
-    Grouped { last, total, cos, sin, past_vector, total_vector }
+    Grouped { takes, single, last, total, cos, sin, past_vector, total_vector }
 }
 
 /// The scalar `name` as a vector of one element.
@@ -223,9 +240,12 @@ pub(super) fn heads_shape(heads: usize) -> Name {
     format!("shapes.heads.{heads}")
 }
 
-/// The shapes `[batch, sequence, heads, head_dim]` of queries, and of keys and values.
-fn head_shapes(b: &mut Builder, config: &Config) {
-    let counts = BTreeSet::from([config.num_attention_heads, config.num_key_value_heads]);
+/// The shapes `[batch, sequence, heads, head_dim]` of keys and values, and of queries if they are asked for.
+fn head_shapes(b: &mut Builder, config: &Config, queries: bool) {
+    let mut counts = BTreeSet::from([config.num_key_value_heads]);
+    if queries {
+        counts.insert(config.num_attention_heads);
+    }
     for count in counts {
         let name = heads_shape(count);
         let split = b.ints(&format!("{name}.split"), &[count as i64, config.head_dim as i64]);

@@ -1,0 +1,192 @@
+//! Attention of some queries over a cache that has every key.
+//!
+//! In `f32`, beside `GroupQueryAttention`, by `MultiHeadAttention`, which adds what a query may see as it
+//! multiplies and leaves tokens where they are; it wants a copy of keys and values for each head. Else by
+//! elementary operators.
+
+use skipgpt_passes::ir::{Config, DType};
+
+use super::Context;
+use super::core::Cache;
+use super::heads::{heads_first, swap_middle};
+use crate::onnx::builder::{Builder, Name};
+use crate::onnx::dispatch::Rows;
+use crate::onnx::graph::{Attribute, Dim};
+
+/// Queries that are not rotated yet, and whose they are.
+pub(super) enum Queries<'a> {
+    /// Every token's, `[tokens, heads · head_dim]`.
+    All(&'a str),
+    /// Of the kept tokens of one sequence, `[kept, heads · head_dim]`.
+    Kept(&'a str, &'a Rows),
+}
+
+/// Whether chunks go through `MultiHeadAttention`.
+pub(super) const fn multi_head(grouped: bool, dtype: DType) -> bool {
+    grouped && matches!(dtype, DType::F32)
+}
+
+impl Context<'_> {
+    /// Attention of every token, zeros standing for the queries of those that are not kept: `[tokens,
+    /// heads · head_dim]`.
+    pub(super) fn core_in_place(
+        &self,
+        b: &mut Builder,
+        place: &str,
+        rows: &Rows,
+        q: &str,
+        cache: &Cache,
+    ) -> Name {
+        let q = rows.scatter(b, &format!("{place}.q.all"), self.zero_queries(), q);
+        self.attend(b, place, &Queries::All(&q), cache, &format!("{place}.context"))
+    }
+
+    /// Attention of the kept rows, at least one, from their queries `[kept, heads · head_dim]`: `[kept,
+    /// heads · head_dim]`. With one sequence no other query is computed.
+    pub(super) fn kept_core(&self, b: &mut Builder, rows: &Rows, q: &str, cache: &Cache) -> Name {
+        let place = |part: &str| format!("{}.{part}", self.name);
+        let (one, all, name) = (place("compact"), place("in_place"), place("context.of_kept"));
+        let shape = vec![Dim::Open, Dim::Fixed(self.query_width())];
+        let compact = |b: &mut Builder| {
+            [self.attend(b, &one, &Queries::Kept(q, rows), cache, &format!("{one}.context"))]
+        };
+        let in_place = |b: &mut Builder| {
+            let context = self.core_in_place(b, &all, rows, q, cache);
+            [rows.gather(b, &format!("{all}.context.rows"), &context)]
+        };
+        let [context] = b.branch(&[(&name, shape)], &self.shared.one_sequence, compact, in_place);
+        context
+    }
+
+    /// The context of `queries`, `[rows, heads · head_dim]`, called `output`.
+    pub(super) fn attend(
+        &self,
+        b: &mut Builder,
+        place: &str,
+        queries: &Queries<'_>,
+        cache: &Cache,
+        output: &str,
+    ) -> Name {
+        let numbers = match queries {
+            Queries::All(_) => self.shared.rows.clone(),
+            Queries::Kept(_, rows) => {
+                let row = b.ints("shapes.row", &[1, -1]);
+                b.op(&format!("{place}.numbers"), "Reshape", &[rows.numbers(), &row])
+            }
+        };
+        let context = if multi_head(self.shared.grouped.is_some(), b.dtype) {
+            self.multi_head(b, place, queries, &numbers, cache)
+        } else {
+            self.elementary(b, place, queries, &numbers, cache)
+        };
+        let flat = self.flat(b);
+        b.op(output, "Reshape", &[&context, &flat])
+    }
+
+    /// `[batch, queries, heads · head_dim]`.
+    fn multi_head(
+        &self,
+        b: &mut Builder,
+        place: &str,
+        queries: &Queries<'_>,
+        numbers: &str,
+        cache: &Cache,
+    ) -> Name {
+        let (q, shape) = match queries {
+            Queries::All(q) => (q, self.shared.batch_sequence.clone()),
+            Queries::Kept(q, _) => (q, b.ints("shapes.one_sequence", &[1, -1, self.width()])),
+        };
+        let q = b.op(&format!("{place}.q.sequence"), "Reshape", &[q, &shape]);
+        let q = self.rotate(b, &format!("{place}.q.rotated"), &q, numbers);
+        let bias = self.seen(b, place, queries);
+        let [k, v] = [("keys", &cache.keys), ("values", &cache.values)]
+            .map(|(part, x)| self.for_every_head(b, &format!("{place}.{part}"), x));
+        let heads = vec![("num_heads", Attribute::Int(self.config.num_attention_heads as i64))];
+        let name = format!("{place}.mixed");
+        b.microsoft(&name, "MultiHeadAttention", &[&q, &k, &v, "", "", &bias], heads)
+    }
+
+    /// Keys or values `[batch, kv_heads, total, head_dim]`, for each query head.
+    fn for_every_head(&self, b: &mut Builder, name: &str, x: &str) -> Name {
+        let Config { num_attention_heads: heads, num_key_value_heads: groups, head_dim, .. } =
+            *self.config;
+        if heads == groups {
+            return x.to_owned();
+        }
+        let axis = b.ints("constants.group_axis", &[2]);
+        let copies = b.ints("shapes.group_copies", &[1, 1, (heads / groups) as i64, 1, 1]);
+        let joined = b.ints("shapes.every_head", &[0, heads as i64, -1, head_dim as i64]);
+        let x = b.op(&format!("{name}.column"), "Unsqueeze", &[x, &axis]);
+        let x = b.op(&format!("{name}.copies"), "Expand", &[&x, &copies]);
+        b.op(&format!("{name}.every_head"), "Reshape", &[&x, &joined])
+    }
+
+    /// What is added to the scores of `queries`, `[batch, 1, queries, total]`.
+    fn seen(&self, b: &mut Builder, place: &str, queries: &Queries<'_>) -> Name {
+        let Queries::Kept(_, rows) = queries else { return self.shared.bias.clone() };
+        let along = vec![("axis", Attribute::Int(2))];
+        b.op_with(&format!("{place}.bias"), "Compress", &[&self.shared.bias, rows.keep()], along)
+    }
+
+    /// `softmax(q · Kᵀ / √head_dim + bias) · V`: `[batch, queries, heads, head_dim]`.
+    ///
+    /// The queries that share a key are rows of one matrix, so keys and values need no copies.
+    fn elementary(
+        &self,
+        b: &mut Builder,
+        place: &str,
+        queries: &Queries<'_>,
+        numbers: &str,
+        cache: &Cache,
+    ) -> Name {
+        let config = self.config;
+        let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
+        let width = config.head_dim as i64;
+        let q = match queries {
+            Queries::All(q) => heads_first(b, &format!("{place}.q"), q, heads),
+            Queries::Kept(q, _) => {
+                let shape = b.ints("shapes.kept_heads", &[1, -1, heads as i64, width]);
+                let q = b.op(&format!("{place}.q.heads"), "Reshape", &[q, &shape]);
+                b.op_with(&format!("{place}.q.heads_first"), "Transpose", &[&q], swap_middle())
+            }
+        };
+        let q = self.rotate(b, &format!("{place}.q.rotated"), &q, numbers);
+        let bias = match queries {
+            Queries::All(_) => self.shared.group_bias.clone(),
+            Queries::Kept(..) => {
+                let bias = self.seen(b, place, queries);
+                let copies = vec![bias.as_str(); heads / groups];
+                let along = vec![("axis", Attribute::Int(2))];
+                match copies.len() {
+                    1 => bias,
+                    _ => b.op_with(&format!("{bias}.groups"), "Concat", &copies, along),
+                }
+            }
+        };
+        let regroup = |b: &mut Builder, name: &str, x: &str, count: usize| {
+            if heads == groups {
+                return x.to_owned();
+            }
+            let shape = b.ints(&format!("shapes.group.{count}"), &[0, count as i64, -1, width]);
+            b.op(name, "Reshape", &[x, &shape])
+        };
+        let q = regroup(b, &format!("{place}.q.groups"), &q, groups);
+        let scale = 1.0 / (config.head_dim as f64).sqrt();
+        let scores = b.microsoft(
+            &format!("{place}.scores"),
+            "FusedMatMul",
+            &[&q, &cache.keys],
+            vec![("alpha", Attribute::Float(scale as f32)), ("transB", Attribute::Int(1))],
+        );
+        let biased = b.op(&format!("{place}.scores.biased"), "Add", &[&scores, &bias]);
+        let axis = vec![("axis", Attribute::Int(-1))];
+        let shares = b.op_with(&format!("{place}.shares"), "Softmax", &[&biased], axis);
+        let mixed = b.op(&format!("{place}.mixed.groups"), "MatMul", &[&shares, &cache.values]);
+        let mixed = regroup(b, &format!("{place}.mixed"), &mixed, heads);
+        b.op_with(&format!("{place}.mixed.tokens"), "Transpose", &[&mixed], swap_middle())
+    }
+
+    const fn width(&self) -> i64 {
+        self.query_width() as i64
+    }
+}
