@@ -12,6 +12,7 @@ use super::quantized::quantized;
 use super::router::{self, RouterMargins};
 use super::stream::Stream;
 use super::{Attention, Options, mlp};
+use crate::decoder::Logits;
 
 /// The name of the output that holds the decisions.
 pub const ROUTING: &str = "routing_margins";
@@ -30,16 +31,13 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
         stream = lower_layer(&mut b, &shared, model, layer, stream);
     }
 
+    if options.logits == Logits::Last {
+        let last = last_rows(&mut b, &shared);
+        stream = stream.gathered(&mut b, "last", &last);
+    }
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
     let scores = head(&mut b, model, rows.as_deref(), &normed);
-    let scores = b.as_f32("head.f32", &scores);
-    b.op("logits", "Reshape", &[&scores, &shared.batch_sequence]);
-
-    let mut outputs = vec![Value {
-        name: "logits".into(),
-        element: Element::Float(DType::F32),
-        shape: vec![BATCH, SEQUENCE, Dim::Fixed(config.vocab_size)],
-    }];
+    let mut outputs = vec![logits(&mut b, &shared, config.vocab_size, options.logits, &scores)];
     outputs.extend(caches(model, options.dtype, "present", Dim::Symbolic("total_sequence")));
     let routers = router::router_margins(model);
     if options.emit_routing && !routers.is_empty() {
@@ -93,7 +91,7 @@ fn embed(b: &mut Builder, model: &Model, rows: Option<&str>) -> Name {
     }
 }
 
-/// Logits `[tokens, vocab]` in the model's dtype; the weight is the embedding itself where they are
+/// Scores `[rows, vocab]` of normed rows, in the model's dtype; the weight is the embedding itself where they are
 /// tied.
 fn head(b: &mut Builder, model: &Model, rows: Option<&str>, x: &str) -> Name {
     match rows.filter(|_| model.head.weight == model.embedding) {
@@ -102,6 +100,33 @@ fn head(b: &mut Builder, model: &Model, rows: Option<&str>, x: &str) -> Name {
             b.gemm("head", x, weight, bias.as_deref())
         }
         None => b.linear("head", x, &model.head, b.dtype),
+    }
+}
+
+/// Rows are padded on the left: the number of each sequence's last row, `[batch]`.
+fn last_rows(b: &mut Builder, shared: &Shared) -> Name {
+    let last = b.int("constants.last", -1);
+    b.op_with("last.rows", "Gather", &[&shared.rows, &last], vec![("axis", Attribute::Int(1))])
+}
+
+/// The output `logits`, from the head's scores `[rows, vocab]`.
+fn logits(b: &mut Builder, shared: &Shared, vocab: usize, given: Logits, scores: &str) -> Value {
+    let scores = b.as_f32("head.f32", scores);
+    let positions = match given {
+        Logits::All => {
+            b.op("logits", "Reshape", &[&scores, &shared.batch_sequence]);
+            SEQUENCE
+        }
+        Logits::Last => {
+            let position = b.ints("constants.position_axis", &[1]);
+            b.op("logits", "Unsqueeze", &[&scores, &position]);
+            Dim::Fixed(1)
+        }
+    };
+    Value {
+        name: "logits".into(),
+        element: Element::Float(DType::F32),
+        shape: vec![BATCH, positions, Dim::Fixed(vocab)],
     }
 }
 
@@ -159,3 +184,6 @@ fn emit_routing(b: &mut Builder, routers: &[RouterMargins]) -> Value {
         shape: vec![Dim::Fixed(modules), BATCH, SEQUENCE],
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,8 +16,8 @@ use crate::rope;
 pub(in crate::onnx) struct Shared {
     /// `[batch, sequence]` as a shape with the rest left open: `[batch, sequence, -1]`.
     pub(in crate::onnx) batch_sequence: Name,
-    /// Which row of the tables a token reads, `[batch, sequence]`: its own.
-    pub(super) rows: Name,
+    /// The number of a token's row, `[batch, sequence]`: in the hidden state, and in the tables.
+    pub(in crate::onnx) rows: Name,
     /// Cosines of every token's angles, `[tokens, head_dim / 2]`.
     pub(super) cos: Name,
     /// Sines of every token's angles, `[tokens, head_dim / 2]`.
