@@ -32,7 +32,7 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     }
 
     if options.logits == Logits::Last {
-        let last = last_rows(&mut b, &shared);
+        let last = shared.last_rows(&mut b);
         stream = stream.gathered(&mut b, "last", &last);
     }
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
@@ -103,12 +103,6 @@ fn head(b: &mut Builder, model: &Model, rows: Option<&str>, x: &str) -> Name {
     }
 }
 
-/// Rows are padded on the left: the number of each sequence's last row, `[batch]`.
-fn last_rows(b: &mut Builder, shared: &Shared) -> Name {
-    let last = b.int("constants.last", -1);
-    b.op_with("last.rows", "Gather", &[&shared.rows, &last], vec![("axis", Attribute::Int(1))])
-}
-
 /// The output `logits`, from the head's scores `[rows, vocab]`.
 fn logits(b: &mut Builder, shared: &Shared, vocab: usize, given: Logits, scores: &str) -> Value {
     let scores = b.as_f32("head.f32", scores);
@@ -118,7 +112,7 @@ fn logits(b: &mut Builder, shared: &Shared, vocab: usize, given: Logits, scores:
             SEQUENCE
         }
         Logits::Last => {
-            let position = b.ints("constants.position_axis", &[1]);
+            let position = b.ints("constants.sequence_axis", &[1]);
             b.op("logits", "Unsqueeze", &[&scores, &position]);
             Dim::Fixed(1)
         }

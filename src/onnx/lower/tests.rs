@@ -60,12 +60,14 @@ fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
         Logits::Last,
         &expect![[r#"
             output logits: f32[batch, 1, 320]
-            last.rows = Gather(rope.rows, constants.last) axis=1
+            last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
+            last.real_rows = Mul(last.real, rope.rows)
+            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
             last = Gather(layers.3.attention.output, last.rows)
             last.change = Gather(layers.3.mlp.down, last.rows)
             norm, , , layers.3.mlp.output = com.microsoft::SkipSimplifiedLayerNormalization(last, last.change, norm.weight) epsilon=1e-5
             head = Gemm(norm, embedding.weight) transB=1
-            logits = Unsqueeze(head, constants.position_axis)
+            logits = Unsqueeze(head, constants.sequence_axis)
         "#]],
     );
     ends(
@@ -74,7 +76,9 @@ fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
         Logits::Last,
         &expect![[r#"
             output logits: f32[batch, 1, 320]
-            last.rows = Gather(rope.rows, constants.last) axis=1
+            last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
+            last.real_rows = Mul(last.real, rope.rows)
+            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
             last = Gather(layers.3.attention.output, last.rows)
             last.change = Gather(layers.3.mlp.down, last.rows)
             layers.3.mlp.output = Add(last, last.change)
@@ -88,7 +92,7 @@ fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
             norm = Mul(norm.rounded, norm.weight)
             head = Gemm(norm, embedding.weight) transB=1
             head.f32 = Cast(head) to=f32
-            logits = Unsqueeze(head.f32, constants.position_axis)
+            logits = Unsqueeze(head.f32, constants.sequence_axis)
         "#]],
     );
 }
@@ -101,7 +105,9 @@ fn the_last_rows_of_a_routed_model_are_gathered_from_the_stream() {
         Logits::Last,
         &expect![[r#"
             output logits: f32[batch, 1, 320]
-            last.rows = Gather(rope.rows, constants.last) axis=1
+            last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
+            last.real_rows = Mul(last.real, rope.rows)
+            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
             last = Gather(layers.3.mlp.output, last.rows)
             norm.square = Pow(last, constants.two)
             norm.mean = ReduceMean(norm.square, constants.last_axis)
@@ -110,7 +116,7 @@ fn the_last_rows_of_a_routed_model_are_gathered_from_the_stream() {
             norm.unit = Div(last, norm.root)
             norm = Mul(norm.unit, norm.weight)
             head = Gemm(norm, embedding.weight) transB=1
-            logits = Unsqueeze(head, constants.position_axis)
+            logits = Unsqueeze(head, constants.sequence_axis)
         "#]],
     );
 }
