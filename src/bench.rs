@@ -180,6 +180,7 @@ pub fn run(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Report, Error> {
     check(request, options)?;
+    warn_of_other_logits(request);
     let sources: Vec<Source> = request.baseline.iter().chain(&request.artifacts).cloned().collect();
     let scripts = request
         .workloads
@@ -231,6 +232,27 @@ fn check(request: &Request, options: &Options) -> Result<(), Error> {
         return Err(Error::NoDenseBaseline);
     }
     Ok(())
+}
+
+/// Says whose head is computed for other positions than the baseline's: what is timed differs by that
+/// too.
+fn warn_of_other_logits(request: &Request) {
+    let given = |source: &Source| source.artifact.as_ref().map(|a| a.manifest.options.logits);
+    let Some((baseline, expected)) =
+        request.baseline.as_ref().and_then(|source| Some((source, given(source)?)))
+    else {
+        return;
+    };
+    for source in &request.artifacts {
+        if let Some(found) = given(source).filter(|found| *found != expected) {
+            tracing::warn!(
+                "{} was exported with --logits {found}, the baseline {} with --logits {expected}: in \
+                 prefill their times differ by the head, too",
+                source.directory.display(),
+                baseline.directory.display()
+            );
+        }
+    }
 }
 
 /// Everything a workload is timed with.

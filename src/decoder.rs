@@ -3,7 +3,10 @@
 //! The candle reference and an artifact under ONNX Runtime both implement [`Decoder`], so that
 //! verification, evaluation and generation are written once.
 
+use std::fmt;
+
 use ndarray::{Array2, Array3, Array4};
+use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::ModuleId;
 
 /// Tokens that enter a decoder. Rows are padded on the left.
@@ -19,13 +22,36 @@ pub struct Input {
     pub logits: Logits,
 }
 
-/// Which positions' logits are asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Of which positions logits are asked for, or given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Logits {
     /// Every position.
+    #[default]
     All,
     /// The last one.
     Last,
+}
+
+/// As options and manifests spell it.
+impl fmt::Display for Logits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::All => "all",
+            Self::Last => "last",
+        })
+    }
+}
+
+/// Every position's logits are needed, and a decoder gives those of the last one alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{what} needs the logits of every position, and the artifact gives those of the last one alone: \
+     export it with --logits all"
+)]
+pub struct LastOnly {
+    /// What needs them.
+    pub what: &'static str,
 }
 
 /// What a step gives.
@@ -87,6 +113,12 @@ pub trait Decoder {
     /// Number of tokens in the vocabulary.
     fn vocab_size(&self) -> usize;
 
+    /// Of which positions its steps can give logits; asked for [`Logits::All`] of several new tokens,
+    /// a decoder of [`Logits::Last`] fails.
+    fn gives(&self) -> Logits {
+        Logits::All
+    }
+
     /// What every layer gave in the last step; `None` where the decoder does not keep it.
     fn layer_outputs(&self) -> Result<Option<Vec<LayerOutput>>, Self::Error> {
         Ok(None)
@@ -108,6 +140,14 @@ pub trait Peek: Decoder {
     /// Like [`Decoder::step`], except that the cache stays as it was. After an error it is what a
     /// failed step leaves.
     fn peek(&mut self, input: &Input) -> Result<Output, Self::Error>;
+}
+
+/// Whether `decoder` gives what `what` needs: the logits of every position.
+pub(crate) fn gives_all(decoder: &impl Decoder, what: &'static str) -> Result<(), LastOnly> {
+    match decoder.gives() {
+        Logits::All => Ok(()),
+        Logits::Last => Err(LastOnly { what }),
+    }
 }
 
 impl Input {

@@ -13,7 +13,7 @@ use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::ModuleKind;
 
-use crate::decoder::{Decoder, Input, Logits, Routing};
+use crate::decoder::{Decoder, Input, LastOnly, Logits, Routing, gives_all};
 use crate::world::{Stopped, World};
 
 pub mod baseline;
@@ -130,6 +130,9 @@ pub enum Error<D> {
         /// Tokens per window.
         window: usize,
     },
+    /// The decoder gives the last position's logits alone.
+    #[error(transparent)]
+    LastOnly(#[from] LastOnly),
     /// The decoder failed.
     #[error("window {window}: {source}")]
     Decoder {
@@ -218,6 +221,7 @@ pub fn perplexity<D: Decoder>(
     world: &dyn World,
     mut progress: impl FnMut(Progress),
 ) -> Result<Perplexity, Error<D::Error>> {
+    gives_all(decoder, "perplexity")?;
     let windows = Windows::new(tokens.len(), options)?;
     let scored = |index| windows.window - windows.first_scored(index);
     // Another rank's windows are zero here, so that no sum depends on the number of ranks.

@@ -29,6 +29,7 @@ use skipgpt_passes::validate::Validated;
 
 use graph::{Attribute, Graph};
 
+use crate::decoder::Logits;
 use crate::runtime::Provider;
 
 /// The oldest ONNX Runtime that runs what is emitted here, quantised weights and grouped attention
@@ -63,6 +64,9 @@ pub struct Options {
     pub emit_routing: bool,
     /// How attention is lowered.
     pub attention: Attention,
+    /// Of which positions the graph gives logits: the final norm and the head are computed for no
+    /// others.
+    pub logits: Logits,
 }
 
 /// How attention is lowered.

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use ndarray::ArrayView1;
+use ndarray::{ArrayView1, Axis};
 use serde::Serialize;
 
 use crate::decoder::{Decoder, Input, Logits, Output};
@@ -70,7 +70,8 @@ pub enum Error<R: std::error::Error + 'static, A: std::error::Error + 'static> {
     NoText,
 }
 
-/// Runs both over each of `sequences`, from an empty cache; `progress` gets the number done.
+/// Runs both over each of `sequences`, from an empty cache; `progress` gets the number done. An artifact
+/// that gives the last position's logits alone takes a sequence token by token.
 ///
 /// # Errors
 ///
@@ -83,21 +84,34 @@ pub fn compare<R: Decoder, A: Decoder>(
 ) -> Result<Quality, Error<R::Error, A::Error>> {
     let mut sums = Sums::default();
     for (sequence, tokens) in sequences.iter().enumerate() {
-        let input = Input::prompts(std::slice::from_ref(tokens), Logits::All);
+        let whole = Input::row(0, tokens, Logits::All);
         reference.reset();
         artifact.reset();
-        let r = reference.step(&input).map_err(|source| Error::Reference { sequence, source })?;
-        let a = artifact.step(&input).map_err(|source| Error::Artifact { sequence, source })?;
-        if r.logits.dim() != a.logits.dim() {
-            let (reference, artifact) = (r.logits.dim(), a.logits.dim());
-            return Err(Error::Shape { sequence, reference, artifact });
+        let r = reference.step(&whole).map_err(|source| Error::Reference { sequence, source })?;
+        for input in steps(artifact.gives(), whole) {
+            let a = artifact.step(&input).map_err(|source| Error::Artifact { sequence, source })?;
+            let (rows, positions, vocab) = r.logits.dim();
+            let expected = (rows, input.sequence(), vocab);
+            if positions != tokens.len() || a.logits.dim() != expected {
+                let (reference, artifact) = (r.logits.dim(), a.logits.dim());
+                return Err(Error::Shape { sequence, reference, artifact });
+            }
+            sums.add(tokens, input.past(), &r, &a);
         }
-        sums.add(tokens, &r, &a);
         progress(sequence + 1);
     }
     reference.reset();
     artifact.reset();
     if sums.positions == 0 { Err(Error::NoText) } else { Ok(sums.quality()) }
+}
+
+/// The steps in which a decoder that gives these logits gives those of every token of `whole`.
+fn steps(gives: Logits, whole: Input) -> Vec<Input> {
+    let token = |(past, id): (usize, &i64)| Input::row(past, &[*id], Logits::Last);
+    match gives {
+        Logits::All => vec![whole],
+        Logits::Last => whole.ids.iter().enumerate().map(token).collect(),
+    }
 }
 
 #[derive(Debug, Default)]
@@ -114,10 +128,11 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, tokens: &[i64], reference: &Output, artifact: &Output) {
-        for at in 0..tokens.len() {
-            let lane = ndarray::s![0, at, ..];
-            let (r, a) = (reference.logits.slice(lane), artifact.logits.slice(lane));
+    /// Adds what both gave: the reference of all `tokens`, the artifact of those after the first `past`.
+    fn add(&mut self, tokens: &[i64], past: usize, reference: &Output, artifact: &Output) {
+        for (step, a) in artifact.logits.index_axis(Axis(0), 0).outer_iter().enumerate() {
+            let at = past + step;
+            let r = reference.logits.slice(ndarray::s![0, at, ..]);
             let (r_sum, a_sum) = (log_sum_exp(&r), log_sum_exp(&a));
             self.positions += 1;
             self.same += usize::from(argmax(&r) == argmax(&a));
@@ -132,8 +147,10 @@ impl Sums {
         if let (Some(r), Some(a)) = (&reference.routing, &artifact.routing)
             && r.modules == a.modules
         {
-            self.decisions.1 += r.margins.len();
-            let pairs = r.margins.iter().zip(&a.margins);
+            let sequence = a.margins.dim().2;
+            let own = r.margins.slice(ndarray::s![.., .., past..past + sequence]);
+            self.decisions.1 += own.len();
+            let pairs = own.iter().zip(&a.margins);
             self.decisions.0 += pairs.filter(|(r, a)| (**r >= 0.0) == (**a >= 0.0)).count();
         }
     }
@@ -202,7 +219,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use super::*;
-    use crate::verify::toy::Toy;
+    use crate::verify::toy::{Fault, Toy};
 
     #[test]
     fn a_decoder_is_as_good_as_itself() {
@@ -215,6 +232,12 @@ mod tests {
         assert!((quality.top_agreement - 1.0).abs() < 1e-12);
         assert!(quality.divergence.abs() < 1e-9 && quality.logit_error.abs() < 1e-12);
         assert!((quality.artifact_perplexity - quality.reference_perplexity).abs() < 1e-12);
+        let mut last = Toy::with([Fault::LastOnly]);
+        let stepped = compare(&mut Toy::default(), &mut last, &sequences, |_| ()).unwrap();
+        assert_eq!((stepped.positions, stepped.decision_agreement), (6, Some(1.0)));
+        assert!(stepped.divergence.abs() < 1e-9 && stepped.logit_error < 1e-6, "{stepped}");
+        let perplexities = [&stepped, &quality].map(|quality| quality.artifact_perplexity);
+        assert!((perplexities[0] - perplexities[1]).abs() < 1e-4, "{perplexities:?}");
         let none = compare(&mut Toy::default(), &mut Toy::default(), &[], |_| ());
         assert!(matches!(none, Err(Error::NoText)));
     }

@@ -220,6 +220,7 @@ fn matrices(
         dtype: options.dtype,
         emit_routing: options.emit_routing,
         attention: options.attention,
+        logits: options.logits,
     };
     let graph = onnx::lower(validate(&model)?, options)?;
     let placements = proto::placements(&artifact.read(names::MODEL)?)?;

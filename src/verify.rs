@@ -187,6 +187,9 @@ impl std::fmt::Display for Side {
 /// Compares `artifact` with `reference` on `prompts`, or, where there are none, on sequences drawn
 /// from the vocabulary with [`Options::seed`].
 ///
+/// Of an artifact that gives the last position's logits alone, those of every step are compared; its
+/// decisions and caches are compared at every position.
+///
 /// A reference that reports no routing is taken to have no router. An artifact that reports none is
 /// compared by its values alone, and the report says so.
 ///
@@ -217,8 +220,9 @@ pub fn run<R: Follow, A: Decoder>(
         }
     }
     let mut done = Vec::new();
-    for case in cases::cases(prompts, vocab, options) {
+    let logits = artifact.gives();
+    for case in cases::cases(prompts, (vocab, logits), options) {
         done.push(drive::run(reference, artifact, &case, options, progress)?);
     }
-    Ok(Report::new(done, options, start.elapsed()))
+    Ok(Report::new(done, options, logits, start.elapsed()))
 }

@@ -10,7 +10,7 @@ use skipgpt_passes::ir::DType;
 
 use crate::artifact::manifest::Router;
 use crate::artifact::{self, Artifact, names};
-use crate::decoder::{CacheEntry, Decoder, Input, Output, Peek, Routing};
+use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
 use crate::onnx::graph::{Dim, Element, Value};
 use crate::onnx::proto;
 use crate::runtime::session::Provider;
@@ -168,6 +168,10 @@ impl Decoder for Watched {
 
     fn vocab_size(&self) -> usize {
         self.decoder.vocab_size()
+    }
+
+    fn gives(&self) -> Logits {
+        self.decoder.gives()
     }
 }
 

@@ -104,7 +104,7 @@ pub(crate) fn export_as(
     })
     .unwrap();
     let attention = onnx::Attention::auto(&model.config, dtype, Provider::Cpu);
-    let options = onnx::Options { dtype, emit_routing: false, attention };
+    let options = onnx::Options { dtype, emit_routing: false, attention, logits: Logits::All };
     let graph = onnx::lower(validate(&model).unwrap(), options).unwrap();
     let directory = TempDir::new().unwrap();
     let output = directory.path().join("artifact");
@@ -124,6 +124,7 @@ pub(crate) fn export_as(
             dispatch: Some(dispatch),
             emit_routing: false,
             attention,
+            logits: Logits::All,
             prune_below: None,
             always_above: None,
         },

@@ -9,6 +9,7 @@ mod errors;
 mod eval;
 mod gpu;
 mod import;
+mod logits;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod oracle;

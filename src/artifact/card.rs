@@ -5,6 +5,7 @@ use std::fmt::{self, Write as _};
 use skipgpt_passes::ir::ModuleId;
 
 use super::manifest::{Format, GraphFacts, Manifest};
+use crate::decoder::Logits;
 
 /// The text of `README.md`. `manifest.outputs` need not be filled in.
 pub fn text(manifest: &Manifest) -> String {
@@ -45,7 +46,7 @@ fn write_card(text: &mut String, manifest: &Manifest) -> fmt::Result {
     )?;
     routing(text, manifest)?;
     if let Some(graph) = &manifest.graph {
-        running(text, graph)?;
+        running(text, graph, manifest.options.logits)?;
     }
     writeln!(text, "## Where it comes from\n")?;
     writeln!(text, "| read | bytes | sha256 |\n|---|---|---|")?;
@@ -94,7 +95,7 @@ fn names(text: &mut String, what: &str, modules: &[ModuleId]) -> fmt::Result {
     writeln!(text, "- {what}: {}", list.join(", "))
 }
 
-fn running(text: &mut String, graph: &GraphFacts) -> fmt::Result {
+fn running(text: &mut String, graph: &GraphFacts, logits: Logits) -> fmt::Result {
     writeln!(text, "## Running it\n")?;
     writeln!(
         text,
@@ -105,5 +106,14 @@ fn running(text: &mut String, graph: &GraphFacts) -> fmt::Result {
          import onnxruntime_genai as og\n\n\
          model = og.Model(\".\")\n```\n",
         graph.min_onnxruntime
-    )
+    )?;
+    match logits {
+        Logits::All => Ok(()),
+        Logits::Last => writeln!(
+            text,
+            "A step gives the logits of its last position alone, `[batch, 1, vocab]`: enough to write \
+             text. For those of every position (perplexity, the likelihood of a given text) it must be \
+             exported with `--logits all`.\n"
+        ),
+    }
 }

@@ -13,6 +13,7 @@ use skipgpt_passes::ir::{self, DType, Dispatch, ModuleId};
 use skipgpt_passes::plan::{Plan, Quantization};
 
 use super::{Error, names};
+use crate::decoder::Logits;
 use crate::inspect::Work;
 use crate::onnx::graph::Graph;
 use crate::onnx::{Attention, proto};
@@ -84,6 +85,9 @@ pub struct Options {
     pub emit_routing: bool,
     /// How attention was lowered.
     pub attention: Attention,
+    /// Of which positions the graph gives logits; every one where an earlier build did not say.
+    #[serde(default)]
+    pub logits: Logits,
     /// Modules kept for at most this share of tokens were removed.
     pub prune_below: Option<f64>,
     /// Modules kept for at least this share of tokens lost their router.

@@ -194,6 +194,7 @@ pub(crate) fn options(weights: Weights) -> Options {
         dispatch: None,
         emit_routing: false,
         attention: crate::onnx::Attention::Decomposed,
+        logits: crate::decoder::Logits::All,
         prune_below: Some(0.1),
         always_above: None,
     }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
 use crate::artifact::manifest::Manifest;
-use crate::decoder::{Input, Routing};
+use crate::decoder::{Input, Logits, Routing};
 use crate::eval::{Decisions, Skipped};
 use crate::onnx::without::Stored;
 
@@ -16,7 +16,7 @@ pub struct Shares {
     /// Shares of decisions.
     pub skipped: Skipped,
     /// Of the multiply-adds of the same model without skipping: projections, routers, the head for
-    /// every token, and the attention core over every key.
+    /// every position the graph gives logits of, and the attention core over every key.
     pub multiply_adds: f64,
     /// Of the weight bytes a step reads where every module runs: a module's are skipped in a step if
     /// no token keeps it.
@@ -28,8 +28,12 @@ pub struct Shares {
 pub(super) struct Facts {
     /// Multiply-adds of a token in q and o of one attention module, and in one MLP.
     module: [f64; 2],
-    /// Multiply-adds of a token in everything but attention cores.
+    /// Multiply-adds of a token in everything but attention cores and the head.
     everything: f64,
+    /// Multiply-adds of a token in the head.
+    head: f64,
+    /// The tokens of a step that the head is computed for.
+    logits: Logits,
     /// Multiply-adds of a token in one attention core, per key.
     core: f64,
     /// Attention modules.
@@ -70,7 +74,9 @@ impl Facts {
                 work.attention.multiply_adds as f64 / attention,
                 work.mlp.multiply_adds as f64 / mlp,
             ],
-            everything: work.total().multiply_adds as f64,
+            everything: (work.total().multiply_adds - work.head.multiply_adds) as f64,
+            head: work.head.multiply_adds as f64,
+            logits: manifest.options.logits,
             core: work.core_per_cached_token as f64 / attention,
             cores: attention,
             saves: [computes(routing.attention_dispatch), computes(routing.mlp_dispatch)],
@@ -92,6 +98,11 @@ impl Facts {
             decisions.count(routing, input);
             let keys = input.mask.ncols() as f64;
             all += input.ids.len() as f64 * (self.everything + self.cores * self.core * keys);
+            all += self.head
+                * match self.logits {
+                    Logits::All => input.ids.len() as f64,
+                    Logits::Last => input.batch() as f64,
+                };
             bytes += self.all_weights as f64;
             for (m, module) in routing.modules.iter().enumerate() {
                 let kind = slot(module.kind);
@@ -143,7 +154,9 @@ mod tests {
         let weights = [(module(0, ModuleKind::Attention), 10), (module(0, ModuleKind::Mlp), 30)];
         Facts {
             module: [100.0, 300.0],
-            everything: 1000.0,
+            everything: 900.0,
+            head: 100.0,
+            logits: Logits::All,
             core: 2.0,
             cores: 2.0,
             saves: [true, true],
@@ -177,6 +190,20 @@ mod tests {
         assert!((shares.multiply_adds - 600.0 / 2032.0).abs() < 1e-12, "{shares:?}");
         let facts = Facts { saves: [false, false], ..facts };
         assert!(facts.shares(&[step()]).weight_bytes.abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_head_counts_where_it_is_computed() {
+        let margins = Array3::from_shape_vec((1, 2, 3), vec![-1.0, 1.0, 1.0, 1.0, -1.0, 1.0]);
+        let modules = vec![module(0, ModuleKind::Mlp)];
+        let routing = Routing { modules, margins: margins.expect("2 x 3") };
+        let step = [(input(array![[1, 2, 3], [4, 5, 6]], 0), routing)];
+        for (logits, heads) in [(Logits::All, 6.0), (Logits::Last, 2.0)] {
+            let shares = Facts { logits, ..facts() }.shares(&step);
+            // Twice 300, of 6 tokens of 900 and 2 cores of 2 at 3 keys.
+            let all = 6.0 * (900.0 + 12.0) + heads * 100.0;
+            assert!((shares.multiply_adds - 600.0 / all).abs() < 1e-12, "{shares:?}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
+use skipgpt_export::decoder::Logits;
 use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan, safetensors};
 use skipgpt_passes::ir::{Config, Dispatch, Model};
@@ -56,6 +57,9 @@ pub(crate) struct Arguments {
     /// Give the decisions as an output, `routing_margins`
     #[arg(long)]
     emit_routing: bool,
+    /// The positions whose logits the graph gives (ONNX)
+    #[arg(long, value_enum, default_value_t = LogitsArgument::All)]
+    logits: LogitsArgument,
     /// Print the IR after this pass
     #[arg(long, value_name = "PASS")]
     print_after: Option<String>,
@@ -105,6 +109,23 @@ enum AttentionArgument {
     Decomposed,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogitsArgument {
+    /// Every one, as `eval` needs them
+    All,
+    /// The last of each sequence, `[batch, 1, vocab]`: enough to write text, and less work in prefill
+    Last,
+}
+
+impl From<LogitsArgument> for Logits {
+    fn from(argument: LogitsArgument) -> Self {
+        match argument {
+            LogitsArgument::All => Self::All,
+            LogitsArgument::Last => Self::Last,
+        }
+    }
+}
+
 impl AttentionArgument {
     fn attention(self, config: &Config, arguments: &Arguments) -> Result<onnx::Attention> {
         let possible = onnx::Attention::for_config(config);
@@ -144,6 +165,9 @@ impl DispatchArgument {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let start = Instant::now();
+    if arguments.format == FormatArgument::Safetensors && arguments.logits == LogitsArgument::Last {
+        bail!("--logits last: --format safetensors holds no graph; it is for ONNX");
+    }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;
     let attention = arguments.attention.attention(&checkpoint.model.config, arguments)?;
@@ -175,6 +199,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                 dtype: arguments.precision.float(),
                 emit_routing: arguments.emit_routing,
                 attention,
+                logits: arguments.logits.into(),
             };
             let graph = onnx::lower(validate(&model)?, options)?;
             artifact::write(
@@ -298,6 +323,7 @@ fn recorded(arguments: &Arguments, attention: onnx::Attention) -> manifest::Opti
         dispatch: arguments.dispatch.dispatch().filter(|_| !planned),
         emit_routing: arguments.emit_routing,
         attention,
+        logits: arguments.logits.into(),
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,
     }

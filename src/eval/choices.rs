@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Decisions, Skipped};
-use crate::decoder::Peek;
+use crate::decoder::{LastOnly, Peek, gives_all};
 use crate::text;
 use crate::world::{Stopped, World};
 
@@ -100,6 +100,9 @@ pub struct ItemScores {
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
 pub enum Error<D> {
+    /// The decoder gives the last position's logits alone.
+    #[error(transparent)]
+    LastOnly(#[from] LastOnly),
     /// Not one item is to be run.
     #[error("a limit of 0 items leaves nothing to measure; it must be 1 or more")]
     Limit,
@@ -165,6 +168,7 @@ pub fn measure<D: Peek>(
     world: &dyn World,
     mut progress: impl FnMut(Progress<'_>),
 ) -> Result<Choices, Error<D::Error>> {
+    gives_all(decoder, "multiple choice")?;
     check(tasks, options)?;
     let samples: Vec<_> =
         tasks.iter().map(|task| task.sample(options.limit, options.seed)).collect();

@@ -12,6 +12,7 @@ use super::quantized::quantized;
 use super::router::{self, RouterMargins};
 use super::stream::Stream;
 use super::{Attention, Options, mlp};
+use crate::decoder::Logits;
 
 /// The name of the output that holds the decisions.
 pub const ROUTING: &str = "routing_margins";
@@ -30,14 +31,25 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
         stream = lower_layer(&mut b, &shared, model, layer, stream);
     }
 
+    if options.logits == Logits::Last {
+        let last = shared.last_rows(&mut b);
+        stream = stream.gathered(&mut b, "last", &last);
+    }
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
-    let rows = b.op("head.input", "Reshape", &[&normed, &shared.batch_sequence]);
-    logits(&mut b, model, embedding.as_deref(), &rows);
-
+    let (x, positions) = match options.logits {
+        Logits::All => {
+            (b.op("head.input", "Reshape", &[&normed, &shared.batch_sequence]), SEQUENCE)
+        }
+        Logits::Last => {
+            let position = b.ints("constants.position_axis", &[1]);
+            (b.op("head.input", "Unsqueeze", &[&normed, &position]), Dim::Fixed(1))
+        }
+    };
+    logits(&mut b, model, embedding.as_deref(), &x);
     let mut outputs = vec![Value {
         name: "logits".into(),
         element: Element::Float(DType::F32),
-        shape: vec![BATCH, SEQUENCE, Dim::Fixed(config.vocab_size)],
+        shape: vec![BATCH, positions, Dim::Fixed(config.vocab_size)],
     }];
     outputs.extend(caches(model, options.dtype, "present", Dim::Symbolic("total_sequence")));
     let routers = router::router_margins(model);
@@ -172,3 +184,6 @@ fn emit_routing(b: &mut Builder, routers: &[RouterMargins]) -> Value {
         shape: vec![Dim::Fixed(modules), BATCH, SEQUENCE],
     }
 }
+
+#[cfg(test)]
+mod tests;

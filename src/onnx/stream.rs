@@ -32,6 +32,19 @@ impl Stream {
         }
     }
 
+    /// The rows numbered `rows` `[n]` of the stream, `[n, hidden]`, their values named after `name`.
+    /// What is pending is gathered too, so that it is added for these rows alone.
+    pub(super) fn gathered(self, b: &mut Builder, name: &str, rows: &str) -> Self {
+        match self {
+            Self::Value(x) => Self::Value(b.op(name, "Gather", &[&x, rows])),
+            Self::Pending { x, change, sum } => Self::Pending {
+                x: b.op(name, "Gather", &[&x, rows]),
+                change: b.op(&format!("{name}.change"), "Gather", &[&change, rows]),
+                sum,
+            },
+        }
+    }
+
     /// The stream normed, and the stream itself.
     pub(super) fn norm(
         self,

@@ -96,7 +96,8 @@ fn bypass(graph: &mut GraphProto, module: ModuleId) -> Result<(), Error> {
     Ok(())
 }
 
-/// Adds a pending change in the norm that reads the sum: the one it was added in is no longer read.
+/// Adds a pending change in the norm that reads the sum, where the norm it was added in is no longer
+/// read; by itself if no norm reads the whole of the sum, as where the last rows of it are gathered.
 fn fuse(graph: &mut GraphProto) {
     let read: HashSet<String> = graph.node.iter().flat_map(|node| node.input.clone()).collect();
     let unread = |node: &NodeProto| {
@@ -108,6 +109,12 @@ fn fuse(graph: &mut GraphProto) {
         let sum = graph.node[first].output[3].clone();
         let reads = |node: &NodeProto| node.op_type == NORM && node.input[0] == sum;
         let Some(second) = (at..graph.node.len()).find(|i| reads(&graph.node[*i])) else {
+            let node = &mut graph.node[first];
+            "Add".clone_into(&mut node.op_type);
+            node.domain = String::new();
+            node.input.truncate(2);
+            node.output = vec![sum];
+            node.attribute.clear();
             continue;
         };
         let adds = graph.node[first].clone();

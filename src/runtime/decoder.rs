@@ -227,6 +227,9 @@ impl OnnxDecoder {
         if batch == 0 || sequence == 0 {
             return Err(Error::Empty { batch, sequence });
         }
+        if (input.logits, self.interface.logits) == (Logits::All, Logits::Last) && sequence > 1 {
+            return Err(Error::LastOnly { sequence });
+        }
         let (cached_batch, cached) =
             self.cache.as_ref().map_or((batch, 0), |cache| (cache.batch, cache.length));
         let shaped = |name, expected: [usize; 2], (rows, columns): (usize, usize)| {
@@ -326,6 +329,10 @@ impl Decoder for OnnxDecoder {
 
     fn vocab_size(&self) -> usize {
         self.interface.vocab
+    }
+
+    fn gives(&self) -> Logits {
+        self.interface.logits
     }
 }
 

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use ort::value::{Outlet, Shape, TensorElementType, ValueType};
 
 use super::decoder::Error;
+use crate::decoder::Logits;
 use crate::onnx::force;
 
 pub(super) const INPUT_IDS: &str = "input_ids";
@@ -48,6 +49,8 @@ pub(super) struct Interface {
     pub(super) forced: Vec<String>,
     /// Number of tokens in the vocabulary.
     pub(super) vocab: usize,
+    /// Of which positions there are logits.
+    pub(super) logits: Logits,
 }
 
 /// One layer's cache.
@@ -121,7 +124,8 @@ impl Interface {
             })
             .collect::<Result<_, Error>>()?;
         routing(find(outputs, ROUTING), modules)?;
-        Ok(Self { positions, layers, forced, vocab: vocab(outputs)? })
+        let (vocab, logits) = logits(outputs)?;
+        Ok(Self { positions, layers, forced, vocab, logits })
     }
 }
 
@@ -185,12 +189,15 @@ fn half(
     Ok(Half { past, present, element, heads, head_dim })
 }
 
-fn vocab(outputs: &[Outlet]) -> Result<usize, Error> {
+/// Number of tokens in the vocabulary, and of which positions there are logits.
+fn logits(outputs: &[Outlet]) -> Result<(usize, Logits), Error> {
     let logits =
         find(outputs, LOGITS).ok_or_else(|| Error::MissingOutput { name: LOGITS.to_owned() })?;
     let (element, shape) = tensor(logits)?;
     match **shape {
-        [_, _, vocab] if vocab > 0 && is_float(element) => Ok(vocab as usize),
+        [_, positions, vocab] if vocab > 0 && is_float(element) => {
+            Ok((vocab as usize, if positions == 1 { Logits::Last } else { Logits::All }))
+        }
         _ => Err(wrong(logits, "a float tensor [batch, sequence, vocab]", logits.dtype())),
     }
 }

@@ -11,7 +11,8 @@
 //! | `greedy-N` | 1 | in one step, last logits only | 64 steps on the artifact's own tokens |
 //!
 //! There is a `greedy-N` for each prompt, but for the first one alone where the prompts are drawn.
-//! The steps after the prompt feed both decoders the reference's most likely tokens, in `greedy-N`
+//! Every step asks for all logits, or for the last ones where the artifact gives no others. The steps
+//! after the prompt feed both decoders the reference's most likely tokens, in `greedy-N`
 //! the artifact's.
 
 use ndarray::s;
@@ -48,8 +49,12 @@ pub fn drawn(vocab: usize, seed: u64) -> Vec<Vec<i64>> {
     DRAWN.iter().zip(seed..).map(|(length, seed)| draw(vocab, seed, *length)).collect()
 }
 
-/// Every case, in the order they run.
-pub(super) fn cases(prompts: &[Vec<i64>], vocab: usize, options: &Options) -> Vec<Case> {
+/// Every case, in the order they run, for an artifact that gives these logits.
+pub(super) fn cases(
+    prompts: &[Vec<i64>],
+    (vocab, logits): (usize, Logits),
+    options: &Options,
+) -> Vec<Case> {
     let drawn = drawn(vocab, options.seed);
     // Drawn tokens are no text: what follows one sequence of them shows as much as all do.
     let texts = if prompts.is_empty() { &drawn[..1] } else { prompts };
@@ -58,16 +63,16 @@ pub(super) fn cases(prompts: &[Vec<i64>], vocab: usize, options: &Options) -> Ve
     let long = if first.len() < 2 { &drawn[0] } else { first };
     let batch = batch(prompts, &drawn);
 
-    let one = |prompt: &Vec<i64>| Input::prompts(std::slice::from_ref(prompt), Logits::All);
+    let one = |prompt: &Vec<i64>| Input::prompts(std::slice::from_ref(prompt), logits);
     let case =
         |name: &str, prompt, steps| Case { name: name.to_owned(), prompt, then: Then::Fed(steps) };
     let mut cases = vec![
         case("prefill", vec![one(first)], 0),
         case("single-token", vec![one(&vec![first[0]])], 4),
         case("decode", vec![one(first)], options.decode_steps),
-        case("batch", vec![Input::prompts(&batch, Logits::All)], 8),
+        case("batch", vec![Input::prompts(&batch, logits)], 8),
         case("chunked", chunks(&one(long)), 4),
-        case("chunked-batch", chunks(&Input::prompts(&batch, Logits::All)), 4),
+        case("chunked-batch", chunks(&Input::prompts(&batch, logits)), 4),
     ];
     cases.extend(texts.iter().enumerate().map(|(index, prompt)| Case {
         name: format!("greedy-{}", index + 1),
@@ -157,7 +162,7 @@ mod tests {
 
     #[test]
     fn drawn_cases_cover_padding_and_chunks() {
-        let cases = cases(&[], 1000, &options());
+        let cases = cases(&[], (1000, Logits::All), &options());
         let names: Vec<_> = cases.iter().map(|case| case.name.as_str()).collect();
         assert_eq!(
             names,
@@ -182,7 +187,7 @@ mod tests {
             vec![tokens(1), tokens(5), tokens(2)],
             vec![tokens(3), tokens(1), tokens(40)],
         ] {
-            let cases = cases(&prompts, 100, &options());
+            let cases = cases(&prompts, (100, Logits::All), &options());
             let batch = &named(&cases, "batch").prompt[0];
             assert!(batch.mask.iter().any(|&real| real == 0), "{prompts:?}");
             check_chunks(named(&cases, "chunked-batch"), batch);

@@ -9,6 +9,7 @@ use super::Options;
 use super::compare::Tally;
 use super::place::{Divergence, Tie};
 use super::stats::{Decisions, Stats};
+use crate::decoder::Logits;
 use crate::quality::Quality;
 use crate::readback::Nearness;
 use crate::runtime::Placement;
@@ -40,6 +41,8 @@ pub struct Report {
     pub onnxruntime: String,
     /// What the artifact computes in.
     pub dtype: String,
+    /// Of which positions of a step it gives logits: what was compared of them.
+    pub logits: Logits,
     /// The bounds.
     pub tolerances: Tolerances,
     /// How near quantised weights are to the checkpoint's; `None` where none are quantised.
@@ -173,7 +176,12 @@ impl CaseReport {
 }
 
 impl Report {
-    pub(super) fn new(mut cases: Vec<CaseReport>, options: &Options, time: Duration) -> Self {
+    pub(super) fn new(
+        mut cases: Vec<CaseReport>,
+        options: &Options,
+        given: Logits,
+        time: Duration,
+    ) -> Self {
         let decisions =
             cases.iter().fold(Decisions::default(), |sum, case| sum.and(case.decisions));
         let logits = cases.iter().fold(Stats::default(), |sum, case| sum.and(case.logits));
@@ -205,6 +213,7 @@ impl Report {
             provider: options.provider.clone(),
             onnxruntime: options.onnxruntime.clone(),
             dtype: options.dtype.to_string(),
+            logits: given,
             tolerances: options.tolerances,
             weights: None,
             rounding: None,
@@ -329,6 +338,9 @@ impl fmt::Display for Report {
         }
         if self.ties.flipped > 0 {
             write!(f, "{} more are ties, ", self.ties.flipped)?;
+        }
+        if self.logits == Logits::Last {
+            f.write_str("each step's last ")?;
         }
         write!(
             f,

@@ -81,6 +81,30 @@ fn a_faithful_artifact_passes() {
 }
 
 #[test]
+fn of_an_artifact_that_gives_no_others_the_last_logits_are_compared() {
+    let (all, mut last) = (verify(&[], &[]), verify(&[], &[Fault::LastOnly]));
+    last.seconds = 0.5;
+    says(
+        &last_line(&last),
+        &expect![[r#"
+        verified: 7 cases, 1704 decisions equal, each step's last logits within 0.0e0, caches within 0.0e0, greedy text equal (12 tokens), f32 on CPUExecutionProvider, ONNX Runtime 1.31.1, 0.5 s
+    "#]],
+    );
+    for (all, last) in all.cases.iter().zip(&last.cases) {
+        assert_eq!((all.decisions, all.cache.compared), (last.decisions, last.cache.compared));
+        let fewer = last.logits.compared < all.logits.compared;
+        let single = ["single-token", "greedy-1"].contains(&last.name.as_str());
+        assert!(last.logits.compared > 0 && fewer != single, "{last}");
+    }
+    fails(
+        &[Fault::LastOnly, Fault::Logit { step: 0, by: 0.01 }],
+        &expect![[r#"
+            MISMATCH: prefill, step 0: logits (the final norm or the head, or the last layer) is 6.1677084, not 6.157708 (within 9.0e-4), at row 0, token 23
+        "#]],
+    );
+}
+
+#[test]
 fn both_decisions_occur_in_what_is_compared() {
     // Else the toy would not show that a decision was missed.
     let mut toy = Toy::default();
@@ -398,7 +422,7 @@ fn the_fields_come_in_a_fixed_order() {
     says(
         &fields.join(" "),
         &expect![[r#"
-            passed decision_agreement ties max_abs_logit_error max_abs_cache_error greedy_agreement provider onnxruntime dtype tolerances weights rounding quality cases first_divergence seconds
+            passed decision_agreement ties max_abs_logit_error max_abs_cache_error greedy_agreement provider onnxruntime dtype logits tolerances weights rounding quality cases first_divergence seconds
         "#]],
     );
     let fields: Vec<_> = json["cases"][0].as_object().unwrap().keys().map(String::as_str).collect();

@@ -51,6 +51,8 @@ pub(crate) enum Fault {
     Narrow,
     /// Every logit comes with noise of this size.
     Noise { size: f32 },
+    /// Gives the last position's logits alone, and fails where others are asked for.
+    LastOnly,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +82,9 @@ impl Toy {
 
     fn run(&mut self, input: &Input, followed: Option<&Routing>) -> Result<Output, Failed> {
         if self.has(Fault::Fails { step: self.step }) {
+            return Err(Failed);
+        }
+        if input.logits == Logits::All && input.sequence() > 1 && self.gives() == Logits::Last {
             return Err(Failed);
         }
         let (batch, sequence, past) = (input.batch(), input.sequence(), input.past());
@@ -333,6 +338,10 @@ impl Decoder for Toy {
 
     fn vocab_size(&self) -> usize {
         VOCAB
+    }
+
+    fn gives(&self) -> Logits {
+        if self.has(Fault::LastOnly) { Logits::Last } else { Logits::All }
     }
 
     fn layer_outputs(&self) -> Result<Option<Vec<LayerOutput>>, Failed> {

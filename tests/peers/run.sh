@@ -15,6 +15,7 @@ trap 'rm -rf "$work"' EXIT
 "$python" tests/peers/import.py "$work/model" README.md
 "$run" export --model "$work/model" -o "$work/dense"
 "$run" export --model "$work/model" --router fixtures/smollm2-135m/router.pth -o "$work/routed"
-for kind in dense routed; do
+"$run" export --model "$work/model" --logits last -o "$work/last"
+for kind in dense routed last; do
   "$python" tests/peers/clients.py "$work/$kind" "$run"
 done

@@ -17,7 +17,7 @@ use crate::rope;
 pub(in crate::onnx) struct Shared {
     /// `[batch, sequence]` as a shape with the rest left open: `[batch, sequence, -1]`.
     pub(in crate::onnx) batch_sequence: Name,
-    /// Which row of the tables a token reads, `[batch, sequence]`: its own.
+    /// The number of a token's row, `[batch, sequence]`: in the hidden state, and in the tables.
     pub(super) rows: Name,
     /// Cosines of every token's angles, `[tokens, head_dim / 2]`.
     pub(super) cos: Name,
@@ -43,6 +43,22 @@ impl Shared {
     /// Whether the branch of a conditional attention module is for steps of one token.
     pub(in crate::onnx) const fn gates(&self) -> bool {
         self.grouped.is_some()
+    }
+
+    /// The number of the row of each sequence's last real token among the new ones, `[batch]`: told by
+    /// the mask, because onnxruntime-genai pads prompts of a batch on the right. 0 where all of them are
+    /// padding.
+    pub(in crate::onnx) fn last_rows(&self, b: &mut Builder) -> Name {
+        let past = match &self.grouped {
+            Some(grouped) => grouped.past_vector.clone(),
+            None => vector(b, "mask.past"),
+        };
+        let end = b.ints("constants.end", &[i64::MAX]);
+        let axis = b.ints("constants.sequence_axis", &[1]);
+        let real = b.op("last.real", "Slice", &["attention_mask", &past, &end, &axis]);
+        let rows = b.op("last.real_rows", "Mul", &[&real, &self.rows]);
+        let keep = vec![("keepdims", Attribute::Int(0))];
+        b.op_with("last.rows", "ReduceMax", &[&rows, &axis], keep)
     }
 }
 

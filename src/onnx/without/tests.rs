@@ -8,6 +8,7 @@ use skipgpt_passes::{PASSES, validate};
 
 use super::*;
 use crate::checkpoint::{self, Request};
+use crate::decoder::Logits;
 use crate::onnx::graph::{Data, Placement};
 use crate::onnx::{self, Options};
 use crate::plan::{self, Choices};
@@ -16,6 +17,10 @@ type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// The model file of `case`, dense, or routed by its routers.
 fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
+    with_logits(case, routed, dtype, Logits::All)
+}
+
+fn with_logits(case: &str, routed: bool, dtype: DType, logits: Logits) -> Result<Vec<u8>> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle").join(case);
     let router = directory.join("router.safetensors");
     let checkpoint = checkpoint::read(&Request {
@@ -28,7 +33,7 @@ fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
     let mut model = checkpoint.model;
     skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
     let attention = onnx::Attention::for_config(&model.config);
-    let options = Options { dtype, emit_routing: false, attention };
+    let options = Options { dtype, emit_routing: false, attention, logits };
     let graph = onnx::lower(validate(&model)?, options)?;
     let mut placements = BTreeMap::new();
     let mut offset = 0;
@@ -133,6 +138,27 @@ fn a_model_without_modules_keeps_its_caches() -> Result {
         let names: HashSet<_> = graph.node.iter().flat_map(|node| node.output.clone()).collect();
         assert!(graph.output.iter().all(|output| names.contains(&output.name)), "{case}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_last_rows_are_gathered_from_what_is_left() -> Result {
+    let whole = with_logits("llama-gqa", false, DType::F32, Logits::Last)?;
+    let without = |named: &[_]| parsed(&without(&whole, &modules(named))?);
+    let last = parsed(&whole)?.output.len() / 2 - 1;
+    let graph = without(&[(last, ModuleKind::Mlp)])?;
+    assert_eq!(node(&graph, "norm"), "SimplifiedLayerNormalization(last, norm.weight)");
+    let gathered = format!("layers.{last}.attention.output");
+    assert_eq!(node(&graph, "last"), format!("Gather({gathered}, last.rows)"));
+    let (x, change) =
+        (format!("layers.{}.mlp.output", last - 1), format!("layers.{last}.attention.o"));
+    assert_eq!(node(&graph, &gathered), format!("Add({x}, {change})"));
+    assert_eq!(
+        (node(&graph, "last.change"), count(&graph, "Gather")),
+        (String::new(), count(&parsed(&whole)?, "Gather") - 1)
+    );
+    let graph = without(&[(last, ModuleKind::Attention), (last, ModuleKind::Mlp)])?;
+    assert_eq!(node(&graph, "last"), format!("Gather({x}, last.rows)"));
     Ok(())
 }
 

@@ -64,6 +64,15 @@ pub enum Error {
         /// Number of tokens in the vocabulary.
         vocab: usize,
     },
+    /// Logits that the graph does not give.
+    #[error(
+        "the logits of all {sequence} new tokens are asked for, and the graph gives those of the last \
+         one alone: export it with --logits all, or ask for the last"
+    )]
+    LastOnly {
+        /// New tokens per row.
+        sequence: usize,
+    },
     /// The attention mask tells of another past than the cache holds.
     #[error(
         "the attention mask has {past} past tokens in {batch} rows; the cache holds {cached} in \

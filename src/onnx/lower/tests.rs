@@ -1,0 +1,122 @@
+//! How a graph ends, by the logits it gives.
+#![allow(clippy::needless_raw_string_hashes, reason = "blessing writes them")]
+
+use std::path::Path;
+
+use expect_test::{Expect, expect};
+use skipgpt_passes::{PASSES, validate};
+
+use super::*;
+use crate::checkpoint::{self, Request};
+use crate::onnx;
+use crate::plan::{self, Choices};
+
+/// The nodes after the last layer of `llama-gqa`, and the first output.
+#[track_caller]
+fn ends(routed: bool, dtype: DType, logits: Logits, expected: &Expect) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle/llama-gqa");
+    let router = directory.join("router.safetensors");
+    let lowered = || -> Result<Graph, Box<dyn std::error::Error>> {
+        let checkpoint = checkpoint::read(&Request {
+            model: Some(&directory),
+            router: routed.then_some(router.as_path()),
+            ..Request::default()
+        })?;
+        let choices = Choices { rearrange: true, ..Choices::default() };
+        let plan = plan::build(&checkpoint.model.config, choices, None)?;
+        let mut model = checkpoint.model;
+        skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
+        let attention = Attention::for_config(&model.config);
+        let options = Options { dtype, emit_routing: false, attention, logits };
+        Ok(onnx::lower(validate(&model)?, options)?)
+    };
+    let text = lowered().map_or_else(|error| error.to_string(), |graph| graph.to_string());
+    let (output, end) = (text.lines().filter(|line| line.contains("output logits")), text.lines());
+    let end = end.skip_while(|line| !line.starts_with("  last") && !line.starts_with("  norm"));
+    let text: Vec<&str> = output.chain(end).map(str::trim).collect();
+    expected.assert_eq(&format!("{}\n", text.join("\n")));
+}
+
+#[test]
+fn every_row_goes_through_the_head() {
+    ends(
+        false,
+        DType::F32,
+        Logits::All,
+        &expect![[r#"
+            output logits: f32[batch, sequence, 320]
+            norm, , , layers.3.mlp.output = com.microsoft::SkipSimplifiedLayerNormalization(layers.3.attention.output, layers.3.mlp.down, norm.weight) epsilon=1e-5
+            head.input = Reshape(norm, shapes.batch_sequence)
+            logits = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+        "#]],
+    );
+}
+
+#[test]
+fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
+    ends(
+        false,
+        DType::F32,
+        Logits::Last,
+        &expect![[r#"
+            output logits: f32[batch, 1, 320]
+            last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
+            last.real_rows = Mul(last.real, rope.rows)
+            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
+            last = Gather(layers.3.attention.output, last.rows)
+            last.change = Gather(layers.3.mlp.down, last.rows)
+            norm, , , layers.3.mlp.output = com.microsoft::SkipSimplifiedLayerNormalization(last, last.change, norm.weight) epsilon=1e-5
+            head.input = Unsqueeze(norm, constants.position_axis)
+            logits = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+        "#]],
+    );
+    ends(
+        false,
+        DType::F16,
+        Logits::Last,
+        &expect![[r#"
+            output logits: f32[batch, 1, 320]
+            last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
+            last.real_rows = Mul(last.real, rope.rows)
+            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
+            last = Gather(layers.3.attention.output, last.rows)
+            last.change = Gather(layers.3.mlp.down, last.rows)
+            layers.3.mlp.output = Add(last, last.change)
+            norm.input = Cast(layers.3.mlp.output) to=f32
+            norm.square = Pow(norm.input, constants.two)
+            norm.mean = ReduceMean(norm.square, constants.last_axis)
+            norm.shifted = Add(norm.mean, constants.rms_norm_eps)
+            norm.root = Sqrt(norm.shifted)
+            norm.unit = Div(norm.input, norm.root)
+            norm.rounded = Cast(norm.unit) to=f16
+            norm = Mul(norm.rounded, norm.weight)
+            head.input = Unsqueeze(norm, constants.position_axis)
+            head = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+            logits = Cast(head) to=f32
+        "#]],
+    );
+}
+
+#[test]
+fn the_last_rows_of_a_routed_model_are_gathered_from_the_stream() {
+    ends(
+        true,
+        DType::F32,
+        Logits::Last,
+        &expect![[r#"
+            output logits: f32[batch, 1, 320]
+            last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
+            last.real_rows = Mul(last.real, rope.rows)
+            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
+            last = Gather(layers.3.mlp.output, last.rows)
+            norm.square = Pow(last, constants.two)
+            norm.mean = ReduceMean(norm.square, constants.last_axis)
+            norm.shifted = Add(norm.mean, constants.rms_norm_eps)
+            norm.root = Sqrt(norm.shifted)
+            norm.unit = Div(last, norm.root)
+            norm = Mul(norm.unit, norm.weight)
+            head.input = Unsqueeze(norm, constants.position_axis)
+            logits = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+        "#]],
+    );
+}
