@@ -19,11 +19,15 @@ fn main() -> ExitCode {
         Ok(Verdict::Fails) => ExitCode::from(1),
         Ok(Verdict::Stopped) => ExitCode::from(2),
         Err(error) => {
-            use std::io::Write;
-            let _ = writeln!(std::io::stderr().lock(), "error: {}", message(&error));
+            say(&error);
             ExitCode::from(2)
         }
     }
+}
+
+fn say(error: &anyhow::Error) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr().lock(), "error: {}", message(error));
 }
 
 /// The chain of causes on one line, those left out that a message before them has already.
@@ -41,7 +45,7 @@ fn message(error: &anyhow::Error) -> String {
 
 fn run(cli: Cli) -> anyhow::Result<Verdict> {
     cli::screen::catch_interrupts()?;
-    cli::ranks::run(cli.command, |command, world| match command {
+    cli::ranks::run(cli.command, say, |command, world| match command {
         Command::Import(arguments) => cli::import::run(arguments),
         Command::Train(command) => cli::train::run(&command, world),
         Command::Profile(arguments) => cli::profile::run(&arguments, world),

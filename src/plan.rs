@@ -11,10 +11,9 @@ use crate::runtime::Provider;
 pub struct Choices {
     /// How routed modules skip; `None` for what is best on `provider`.
     ///
-    /// On a CPU that was measured: a branch around attention, whose core would run for skipped tokens
-    /// too, and gathered MLP rows, which cost less than a branch (`docs/lowering.md` has the numbers).
-    /// On a GPU nothing was, and every decision that changes what runs is waited for there; so every
-    /// module is computed, and nothing can be slower than that.
+    /// On a CPU that was measured: a branch around either kind of module (`docs/lowering.md` has the
+    /// numbers). On a GPU nothing was, and every decision that changes what runs is waited for there; so
+    /// every module is computed, and nothing can be slower than that.
     pub dispatch: Option<Dispatch>,
     /// The ONNX Runtime provider the artifact is made for.
     pub provider: Provider,

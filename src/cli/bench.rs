@@ -14,6 +14,7 @@ use skipgpt_export::text::Tokenizer;
 use super::{Provider, ReportArguments, RuntimeArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Arguments {
     /// What is timed: artifacts, or directories with another exporter's model.onnx
     #[arg(required = true, value_name = "ARTIFACT")]

@@ -13,9 +13,11 @@ impl Command {
 }
 
 /// Runs `command` among the processes it was started in: the first shows what there is to see, and of
-/// those that fail one says why.
+/// those that fail one says why with `say`, before any may leave: a launcher ends all at once when the first
+/// does, and a message on its way would be lost.
 pub(crate) fn run(
     command: Command,
+    say: impl FnOnce(&anyhow::Error),
     run: impl FnOnce(Command, &dyn World) -> Result<Verdict>,
 ) -> Result<Verdict> {
     if !command.shared() {
@@ -36,7 +38,12 @@ pub(crate) fn run(
     });
     match outcome {
         Ok(verdict) => Ok(verdict),
-        Err(error) if world.stop() => Err(error),
-        Err(_) => Ok(Verdict::Stopped),
+        Err(error) => {
+            if world.stop() {
+                say(&error);
+            }
+            // Leaving the world, at the end of this function, waits for every process.
+            Ok(Verdict::Stopped)
+        }
     }
 }

@@ -111,14 +111,12 @@ fn logits(b: &mut Builder, model: &Model, embedding: Option<&str>, x: &str) {
     let head = &model.head;
     let last = head.bias.is_none() && b.dtype == DType::F32;
     let name = if last { "logits" } else { "head" };
-    let mut scores = match quantized(&head.weight) {
-        Some(weight) => b.matmul_bits_as(name, "head", x, weight, b.dtype),
-        None => {
-            let tied = embedding.filter(|_| head.weight == model.embedding).map(str::to_owned);
-            let weight = tied.unwrap_or_else(|| b.weight("head.weight", &head.weight));
-            let transposed = vec![("transB", Attribute::Int(1))];
-            b.microsoft(name, "FusedMatMul", &[x, &weight], transposed)
-        }
+    let mut scores = if let Some(weight) = quantized(&head.weight) {
+        b.matmul_bits_as(name, "head", x, weight, b.dtype)
+    } else {
+        let tied = embedding.filter(|_| head.weight == model.embedding).map(str::to_owned);
+        let weight = tied.unwrap_or_else(|| b.weight("head.weight", &head.weight));
+        b.microsoft(name, "FusedMatMul", &[x, &weight], vec![("transB", Attribute::Int(1))])
     };
     if let Some(bias) = &head.bias {
         let bias = b.weight("head.bias", bias);

@@ -1,6 +1,6 @@
 //! Attention of some queries over a cache that has every key.
 //!
-//! In `f32`, beside `GroupQueryAttention`, by `MultiHeadAttention`, which adds what a query may see as it
+//! In `f32`, which with `GroupQueryAttention` means on a CPU, by `MultiHeadAttention`, which adds what a query may see as it
 //! multiplies and leaves tokens where they are; it wants a copy of keys and values for each head. Else by
 //! elementary operators.
 
@@ -21,7 +21,9 @@ pub(super) enum Queries<'a> {
     Kept(&'a str, &'a Rows),
 }
 
-/// Whether chunks go through `MultiHeadAttention`.
+/// Whether chunks go through `MultiHeadAttention`, and those of one sequence that nothing skips through
+/// `GroupQueryAttention`. Elsewhere neither was measured, nor how the latter's other kernels turn several
+/// tokens that start behind a cache.
 pub(super) const fn multi_head(grouped: bool, dtype: DType) -> bool {
     grouped && matches!(dtype, DType::F32)
 }

@@ -33,7 +33,7 @@ pub(in crate::onnx) struct Shared {
     /// Whether there is one new token altogether; present if a module that is both grouped and
     /// conditional asks.
     pub(super) one_token: Name,
-    /// Whether there is one sequence; present if a conditional attention module asks.
+    /// Whether there is one sequence; present if an attention module asks.
     pub(super) one_sequence: Name,
     /// What `GroupQueryAttention` takes, if it may be used.
     pub(super) grouped: Option<Grouped>,
@@ -64,7 +64,8 @@ impl Shared {
 
 /// What `GroupQueryAttention` takes beside queries, keys and values.
 pub(super) struct Grouped {
-    /// Whether the operator takes the step: one token in each sequence, or one sequence.
+    /// Whether the operator takes the step: one token in each sequence, or, where other steps have an
+    /// operator too, one sequence.
     pub(super) takes: Name,
     /// Whether there is one new token in each sequence.
     single: Name,
@@ -112,6 +113,7 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let [cos, sin] = angles(b, config);
 
     let lengths = lengths(b, &one);
+    let multi_head = attend::multi_head(grouped, b.dtype);
     let attention = || model.layers.iter().filter_map(|l| l.routing(ModuleKind::Attention));
     let conditional = attention().any(dispatch::branches);
     let batch = if grouped || conditional {
@@ -123,12 +125,11 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
         if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
     };
     let one_token = is_one(grouped && conditional, "step.one_token", &tokens);
-    let one_sequence = is_one(grouped || conditional, "step.one_sequence", &batch);
+    let one_sequence = is_one(conditional || multi_head, "step.one_sequence", &batch);
     if grouped && conditional {
         router::floors(b, model, &one_token);
     }
     let bias = bias(b, &lengths, &zero, &one);
-    let multi_head = attend::multi_head(grouped, b.dtype);
     let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
     head_shapes(b, config, !multi_head);
     let mut mlps = model.layers.iter().filter_map(|layer| layer.routing(ModuleKind::Mlp));
@@ -138,7 +139,11 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     }
     let grouped = grouped.then(|| {
         let single = b.op("step.single", "Equal", &[&lengths.sequence, &one]);
-        let takes = b.op("step.grouped", "Or", &[&single, &one_sequence]);
+        let takes = if multi_head {
+            b.op("step.grouped", "Or", &[&single, &one_sequence])
+        } else {
+            single.clone()
+        };
         let forms = [takes, single];
         group_inputs(b, config, &lengths, (&batch, &one), [&cos, &sin], forms)
     });
