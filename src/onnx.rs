@@ -16,6 +16,8 @@ pub mod proto;
 mod quantized;
 mod router;
 mod stream;
+#[cfg(test)]
+mod testing;
 mod text;
 pub mod without;
 

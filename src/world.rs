@@ -68,6 +68,33 @@ pub struct Stopped(
     pub usize,
 );
 
+/// Whether a rank has failed, as far as one of them knows. In `go_on` and `stop` all ranks take part, and
+/// `failing` tells each the lowest that fails, given whether it does itself.
+#[cfg(any(test, feature = "mpi"))]
+#[derive(Debug, Default)]
+struct Agreement(std::cell::Cell<Option<Stopped>>);
+
+#[cfg(any(test, feature = "mpi"))]
+impl Agreement {
+    /// That none has, which is to be agreed on before every sum.
+    fn go_on(&self, failing: impl FnOnce(bool) -> Option<usize>) -> Result<(), Stopped> {
+        if self.0.get().is_none() {
+            self.0.set(failing(false).map(Stopped));
+        }
+        self.0.get().map_or(Ok(()), Err)
+    }
+
+    /// As [`World::stop`], of `rank`.
+    fn stop(&self, rank: usize, failing: impl FnOnce(bool) -> Option<usize>) -> bool {
+        if self.0.get().is_some() {
+            return false;
+        }
+        let lowest = failing(true).unwrap_or(rank);
+        self.0.set(Some(Stopped(lowest)));
+        lowest == rank
+    }
+}
+
 /// Why the ranks could not be brought together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

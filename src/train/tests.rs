@@ -121,6 +121,30 @@ impl Expected {
         noise
     }
 
+    /// That routers have the fixture's losses and gradients, layers computed again or not.
+    #[track_caller]
+    pub(super) fn check_routers(&self, network: &Network) {
+        for recompute in [false, true] {
+            let pass = pass(network, &self.batch(), &sampled(self, recompute, false));
+            close(pass.loss, self.values("router.loss")[0]);
+            close(pass.prediction, self.values("router.prediction")[0]);
+            close(pass.keep.unwrap(), self.values("router.keep")[0]);
+            self.check_gradients("router", network, &pass);
+        }
+    }
+
+    /// The same of adapters.
+    #[track_caller]
+    pub(super) fn check_adapters(&self, network: &Network) {
+        for recompute in [false, true] {
+            let objective = Objective { sampling: None, distill: false, recompute };
+            let pass = pass(network, &self.batch(), &objective);
+            close(pass.prediction, self.values("lora.prediction")[0]);
+            close(pass.keep.unwrap(), self.values("lora.keep")[0]);
+            self.check_gradients("lora", network, &pass);
+        }
+    }
+
     #[track_caller]
     pub(super) fn check_gradients(&self, stage: &str, network: &Network, pass: &Pass) {
         self.check_within(TOLERANCE, stage, network, pass);
@@ -189,28 +213,13 @@ pub(super) fn adapter_in(parts: Parts, expected: &Expected) -> Network {
 #[test]
 fn routers_have_the_gradients_of_pytorch() {
     let expected = Expected::read();
-    let network = routers(&expected);
-    for recompute in [false, true] {
-        let objective = sampled(&expected, recompute, false);
-        let pass = pass(&network, &expected.batch(), &objective);
-        close(pass.loss, expected.values("router.loss")[0]);
-        close(pass.prediction, expected.values("router.prediction")[0]);
-        close(pass.keep.unwrap(), expected.values("router.keep")[0]);
-        expected.check_gradients("router", &network, &pass);
-    }
+    expected.check_routers(&routers(&expected));
 }
 
 #[test]
 fn adapters_have_the_gradients_of_pytorch() {
     let expected = Expected::read();
-    let network = adapter(&expected);
-    for recompute in [false, true] {
-        let objective = Objective { sampling: None, distill: false, recompute };
-        let pass = pass(&network, &expected.batch(), &objective);
-        close(pass.prediction, expected.values("lora.prediction")[0]);
-        close(pass.keep.unwrap(), expected.values("lora.keep")[0]);
-        expected.check_gradients("lora", &network, &pass);
-    }
+    expected.check_adapters(&adapter(&expected));
 }
 
 /// With every gate open the student is the teacher.

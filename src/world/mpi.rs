@@ -3,7 +3,6 @@
 //! Before every sum the ranks agree that none has failed: a rank that has takes part in that and in
 //! nothing after it.
 
-use std::cell::Cell;
 use std::fmt;
 
 use mpi::collective::SystemOperation;
@@ -11,7 +10,7 @@ use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, CommunicatorCollectives, Equivalence};
 
-use super::{Error, Stopped, World};
+use super::{Agreement, Error, Stopped, World};
 
 /// Values of one reduction at most: MPI counts in 32 bits.
 const CHUNK: usize = 1 << 24;
@@ -26,7 +25,7 @@ pub(super) struct Mpi {
     _universe: Universe,
     rank: usize,
     size: usize,
-    stopped: Cell<Option<Stopped>>,
+    agreement: Agreement,
 }
 
 impl Mpi {
@@ -34,7 +33,7 @@ impl Mpi {
         let universe = mpi::initialize().ok_or(Error::Initialised)?;
         let communicator = universe.world();
         let (rank, size) = (communicator.rank() as usize, communicator.size() as usize);
-        Ok(Self { communicator, _universe: universe, rank, size, stopped: Cell::new(None) })
+        Ok(Self { communicator, _universe: universe, rank, size, agreement: Agreement::default() })
     }
 
     /// The lowest rank that fails, if one does; `own` says whether this one does.
@@ -46,13 +45,7 @@ impl Mpi {
     }
 
     fn add<T: Equivalence + Copy>(&self, values: &mut [T]) -> Result<(), Stopped> {
-        if let Some(stopped) = self.stopped.get() {
-            return Err(stopped);
-        }
-        if let Some(stopped) = self.failing(false).map(Stopped) {
-            self.stopped.set(Some(stopped));
-            return Err(stopped);
-        }
+        self.agreement.go_on(|own| self.failing(own))?;
         for values in values.chunks_mut(CHUNK) {
             let given = values.to_vec();
             self.communicator.all_reduce_into(&given[..], values, SystemOperation::sum());
@@ -79,12 +72,7 @@ impl World for Mpi {
     }
 
     fn stop(&self) -> bool {
-        if self.stopped.get().is_some() {
-            return false;
-        }
-        let lowest = self.failing(true).unwrap_or(self.rank);
-        self.stopped.set(Some(Stopped(lowest)));
-        lowest == self.rank
+        self.agreement.stop(self.rank, |own| self.failing(own))
     }
 }
 

@@ -1,11 +1,10 @@
 //! Ranks that are threads of a test.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::cell::Cell;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use super::{Stopped, World};
+use super::{Agreement, Stopped, World};
 
 /// How long a rank waits for the others before the test fails.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -33,7 +32,7 @@ pub(crate) struct Thread<'a> {
     room: &'a Room,
     rank: usize,
     size: usize,
-    stopped: Cell<Option<Stopped>>,
+    agreement: Agreement,
 }
 
 /// Runs `rank` once for each of `size` ranks, all at once; gives what they gave.
@@ -43,7 +42,7 @@ pub(crate) fn run<T: Send>(size: usize, rank: impl Fn(&Thread<'_>) -> T + Sync) 
     let (room, each) = (&room, &rank);
     std::thread::scope(|scope| {
         let start = |rank| {
-            let work = move || each(&Thread { room, rank, size, stopped: Cell::new(None) });
+            let work = move || each(&Thread { room, rank, size, agreement: Agreement::default() });
             scope.spawn(work)
         };
         let threads: Vec<_> = (0..size).map(start).collect();
@@ -77,16 +76,8 @@ impl Thread<'_> {
 
     /// Every rank's values.
     fn all(&self, values: Vec<f64>) -> Result<Vec<Vec<f64>>, Stopped> {
-        if let Some(stopped) = self.stopped.get() {
-            return Err(stopped);
-        }
-        match self.failing(false).map(Stopped) {
-            Some(stopped) => {
-                self.stopped.set(Some(stopped));
-                Err(stopped)
-            }
-            None => Ok(self.round(values)),
-        }
+        self.agreement.go_on(|own| self.failing(own))?;
+        Ok(self.round(values))
     }
 }
 
@@ -116,11 +107,6 @@ impl World for Thread<'_> {
     }
 
     fn stop(&self) -> bool {
-        if self.stopped.get().is_some() {
-            return false;
-        }
-        let lowest = self.failing(true).unwrap_or(self.rank);
-        self.stopped.set(Some(Stopped(lowest)));
-        lowest == self.rank
+        self.agreement.stop(self.rank, |own| self.failing(own))
     }
 }

@@ -1,8 +1,8 @@
 //! Attention of some queries over a cache that has every key.
 //!
-//! In `f32`, which with `GroupQueryAttention` means on a CPU, by `MultiHeadAttention`, which adds what a query may see as it
-//! multiplies and leaves tokens where they are; it wants a copy of keys and values for each head. Else by
-//! elementary operators.
+//! In `f32`, which with `GroupQueryAttention` means on a CPU, by `MultiHeadAttention`, which adds what a
+//! query may see as it multiplies and leaves tokens where they are; it wants a copy of keys and values for
+//! each head. Else by elementary operators.
 
 use skipgpt_passes::ir::{Config, DType};
 

@@ -1,36 +1,16 @@
 //! How a graph ends, by the logits it gives.
 #![allow(clippy::needless_raw_string_hashes, reason = "blessing writes them")]
 
-use std::path::Path;
-
 use expect_test::{Expect, expect};
-use skipgpt_passes::{PASSES, validate};
 
 use super::*;
-use crate::checkpoint::{self, Request};
-use crate::onnx;
-use crate::plan::{self, Choices};
+use crate::onnx::testing::lowered;
 
 /// The nodes after the last layer of `llama-gqa`, and the first output.
 #[track_caller]
 fn ends(routed: bool, dtype: DType, logits: Logits, expected: &Expect) {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle/llama-gqa");
-    let router = directory.join("router.safetensors");
-    let lowered = || -> Result<Graph, Box<dyn std::error::Error>> {
-        let checkpoint = checkpoint::read(&Request {
-            model: Some(&directory),
-            router: routed.then_some(router.as_path()),
-            ..Request::default()
-        })?;
-        let choices = Choices { rearrange: true, ..Choices::default() };
-        let plan = plan::build(&checkpoint.model.config, choices, None)?;
-        let mut model = checkpoint.model;
-        skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
-        let attention = Attention::for_config(&model.config);
-        let options = Options { dtype, emit_routing: false, attention, logits };
-        Ok(onnx::lower(validate(&model)?, options)?)
-    };
-    let text = lowered().map_or_else(|error| error.to_string(), |graph| graph.to_string());
+    let text = lowered("llama-gqa", routed, dtype, logits);
+    let text = text.map_or_else(|error| error.to_string(), |graph| graph.to_string());
     let (output, end) = (text.lines().filter(|line| line.contains("output logits")), text.lines());
     let end = end.skip_while(|line| !line.starts_with("  last") && !line.starts_with("  norm"));
     let text: Vec<&str> = output.chain(end).map(str::trim).collect();

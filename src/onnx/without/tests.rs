@@ -1,17 +1,12 @@
 //! A dense graph of a fixture without some of its modules, node by node.
 
-use std::path::Path;
-
 use onnx_protobuf::{Message, TensorProto};
 use skipgpt_passes::ir::DType;
-use skipgpt_passes::{PASSES, validate};
 
 use super::*;
-use crate::checkpoint::{self, Request};
 use crate::decoder::Logits;
 use crate::onnx::graph::{Data, Placement};
-use crate::onnx::{self, Options};
-use crate::plan::{self, Choices};
+use crate::onnx::testing::lowered;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -21,20 +16,7 @@ fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
 }
 
 fn with_logits(case: &str, routed: bool, dtype: DType, logits: Logits) -> Result<Vec<u8>> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/oracle").join(case);
-    let router = directory.join("router.safetensors");
-    let checkpoint = checkpoint::read(&Request {
-        model: Some(&directory),
-        router: routed.then_some(router.as_path()),
-        ..Request::default()
-    })?;
-    let choices = Choices { rearrange: true, ..Choices::default() };
-    let plan = plan::build(&checkpoint.model.config, choices, None)?;
-    let mut model = checkpoint.model;
-    skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
-    let attention = onnx::Attention::for_config(&model.config);
-    let options = Options { dtype, emit_routing: false, attention, logits };
-    let graph = onnx::lower(validate(&model)?, options)?;
+    let graph = lowered(case, routed, dtype, logits)?;
     let mut placements = BTreeMap::new();
     let mut offset = 0;
     for tensor in graph.all_initializers().into_iter().filter(|t| matches!(t.data, Data::Weight(_)))

@@ -17,28 +17,13 @@ fn on_device(router: bool, dtype: DType) -> crate::model::Parts {
 #[test]
 fn routers_have_the_gradients_of_pytorch() {
     let expected = Expected::read();
-    let network = routers_in(on_device(false, DType::F32), &expected);
-    for recompute in [false, true] {
-        let objective = sampled(&expected, recompute, false);
-        let pass = pass(&network, &expected.batch(), &objective);
-        close(pass.loss, expected.values("router.loss")[0]);
-        close(pass.prediction, expected.values("router.prediction")[0]);
-        close(pass.keep.unwrap(), expected.values("router.keep")[0]);
-        expected.check_gradients("router", &network, &pass);
-    }
+    expected.check_routers(&routers_in(on_device(false, DType::F32), &expected));
 }
 
 #[test]
 fn adapters_have_the_gradients_of_pytorch() {
     let expected = Expected::read();
-    let network = adapter_in(on_device(true, DType::F32), &expected);
-    for recompute in [false, true] {
-        let objective = Objective { sampling: None, distill: false, recompute };
-        let pass = pass(&network, &expected.batch(), &objective);
-        close(pass.prediction, expected.values("lora.prediction")[0]);
-        close(pass.keep.unwrap(), expected.values("lora.keep")[0]);
-        expected.check_gradients("lora", &network, &pass);
-    }
+    expected.check_adapters(&adapter_in(on_device(true, DType::F32), &expected));
 }
 
 /// A base of 16 bits under routers of 32: `f16`, because candle multiplies no `bf16` on the
