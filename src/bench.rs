@@ -305,6 +305,7 @@ impl Bench<'_> {
         script: &Script,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<(), Error> {
+        let options = script.session(&self.options.session);
         let Plan { runs, sessions } = plan;
         let mut done = 0;
         for round in 0..self.options.rounds {
@@ -317,7 +318,7 @@ impl Bench<'_> {
                 let source = &self.sources[planned.source];
                 let modules: &[ModuleId] = source.routed();
                 let start = Instant::now();
-                let mut opened = source.load(&planned.form, self.runtime, &self.options.session)?;
+                let mut opened = source.load(&planned.form, self.runtime, &options)?;
                 let loading = start.elapsed().as_secs_f64();
                 for turn in measure::order(round, planned.runs.len()) {
                     let run = &mut runs[planned.runs[turn]];

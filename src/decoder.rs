@@ -104,6 +104,11 @@ pub trait Decoder {
     /// once. Holding more is no error.
     fn reserve(&mut self, _tokens: usize) {}
 
+    /// Whether steps of one token in one sequence go another way, where there is one: gives whether there is.
+    fn take_one_token_apart(&mut self, _apart: bool) -> bool {
+        false
+    }
+
     /// Runs `input` on top of the cache and appends to it.
     fn step(&mut self, input: &Input) -> Result<Output, Self::Error>;
 

@@ -27,7 +27,7 @@ pub use self::interface::CacheFacts;
 pub use self::library::{BadVersion, Rejection, Version};
 pub use self::locate::{Found, Search};
 pub use self::placement::Placement;
-pub use self::session::{Optimization, Options, Provider, Session};
+pub use self::session::{Optimization, Options, Provider, Session, Shapes};
 
 /// ONNX Runtime, loaded. A process loads one library and keeps it.
 #[derive(Debug, Clone)]

@@ -220,8 +220,8 @@ pub fn run<R: Follow, A: Decoder>(
         }
     }
     let mut done = Vec::new();
-    let logits = artifact.gives();
-    for case in cases::cases(prompts, (vocab, logits), options) {
+    let (logits, apart) = (artifact.gives(), artifact.take_one_token_apart(false));
+    for case in cases::cases(prompts, (vocab, logits, apart), options) {
         done.push(drive::run(reference, artifact, &case, options, progress)?);
     }
     Ok(Report::new(done, options, logits, start.elapsed()))

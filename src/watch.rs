@@ -57,7 +57,7 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// Loads `artifact`.
+    /// Loads `artifact`; twice if [`session::Options::one_token_apart`].
     ///
     /// # Errors
     ///
@@ -108,7 +108,12 @@ impl Watched {
         let manifest = &artifact.manifest;
         let emitted = manifest.options.emit_routing;
         let modules = if emitted { manifest.routing.routed.clone() } else { Vec::new() };
-        Ok(Self { decoder: OnnxDecoder::new(session, modules)?, routers })
+        let mut decoder = OnnxDecoder::new(session, modules)?;
+        if let Some(options) = options.one_token() {
+            let session = Session::from_bytes(runtime, &bytes, &artifact.directory, &options)?;
+            decoder = decoder.with_one_token(session);
+        }
+        Ok(Self { decoder, routers })
     }
 
     /// Where its nodes ran; told after the first step, on another provider than the CPU's.
@@ -154,6 +159,10 @@ impl Decoder for Watched {
 
     fn reserve(&mut self, tokens: usize) {
         self.decoder.reserve(tokens);
+    }
+
+    fn take_one_token_apart(&mut self, apart: bool) -> bool {
+        self.decoder.take_one_token_apart(apart)
     }
 
     fn step(&mut self, input: &Input) -> Result<Output, Error> {

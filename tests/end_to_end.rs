@@ -8,13 +8,13 @@ use expect_test::expect_file;
 use ndarray::s;
 use skipgpt_export::artifact::{self, Artifact, manifest};
 use skipgpt_export::checkpoint::{self, Checkpoint, Request};
-use skipgpt_export::decoder::{Decoder, Logits};
+use skipgpt_export::decoder::{Decoder, Input, Logits};
 use skipgpt_export::generate;
 use skipgpt_export::model::Reference;
 use skipgpt_export::onnx;
 use skipgpt_export::plan::{self, Choices};
 use skipgpt_export::runtime::session::Provider;
-use skipgpt_export::runtime::{Runtime, Version, session};
+use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Shapes, Version, session};
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
 use skipgpt_passes::ir::{DType, Dispatch, Model, ModuleKind};
@@ -139,14 +139,22 @@ pub(crate) fn export_as(
 impl Exported {
     pub(crate) fn open(&self) -> Watched {
         let runtime = Runtime::find(None, Version::OLDEST).unwrap();
-        let options = session::Options { threads: Some(2), ..session::Options::default() };
+        let options = session::Options {
+            threads: Some(2),
+            one_token_apart: true,
+            ..session::Options::default()
+        };
         Watched::open(&self.artifact, &runtime, &options).unwrap()
     }
 
     /// As [`Exported::open`], without rounding of activations.
     pub(crate) fn open_exact(&self) -> Watched {
         let runtime = Runtime::find(None, Version::OLDEST).unwrap();
-        let options = session::Options { threads: Some(2), ..session::Options::default() };
+        let options = session::Options {
+            threads: Some(2),
+            one_token_apart: true,
+            ..session::Options::default()
+        };
         Watched::open_exact(&self.artifact, &runtime, &options).unwrap()
     }
 }
@@ -218,6 +226,40 @@ fn artifacts_verify_against_the_reference() {
                 verify::run(&mut reference, &mut artifact, &[], &options, &mut |_| ()).unwrap();
             assert!(report.passed, "{case}, {dispatch}: {report}");
         }
+    }
+}
+
+/// The kinds of nodes that ran, by the profile of a session for steps of one token.
+fn kinds_for_one_token(exported: &Exported) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = Runtime::find(None, Version::OLDEST).unwrap();
+    let options = session::Options {
+        shapes: Shapes::OneToken,
+        profile: Some(folder.path().join("profile")),
+        ..session::Options::default()
+    };
+    let path = exported.artifact.path("model.onnx");
+    let session = Session::open(&runtime, &path, &options).unwrap();
+    let mut decoder = OnnxDecoder::new(session, Vec::new()).unwrap();
+    let error = decoder.step(&Input::prompts(&[vec![3, 4]], Logits::Last)).unwrap_err();
+    assert!(error.to_string().contains("input_ids"), "{error}");
+    let first = Input::prompts(&[vec![3]], Logits::All);
+    decoder.step(&first).unwrap();
+    decoder.step(&first.then(&[4])).unwrap();
+    std::fs::read_to_string(decoder.into_session().end_profile().unwrap()).unwrap()
+}
+
+/// What choosing among forms costs is not paid where there is nothing to choose.
+#[test]
+fn a_session_for_one_token_has_no_other_form() {
+    let [dense, routed] = [Variant::Dense, Variant::Routed].map(|variant| {
+        kinds_for_one_token(&export("llama-gqa", variant, Dispatch::Conditional, false))
+    });
+    let runs = |profile: &str, kind: &str| profile.contains(&format!(r#""op_name" : "{kind}""#));
+    assert!(runs(&dense, "GroupQueryAttention") && runs(&routed, "GroupQueryAttention"));
+    assert!(!runs(&dense, "If") && runs(&routed, "If"));
+    for other in ["Compress", "ScatterND", "MultiHeadAttention"] {
+        assert!(!runs(&dense, other) && !runs(&routed, other), "{other}");
     }
 }
 

@@ -29,7 +29,7 @@ pub fn peak(
 ) -> Result<Option<u64>, Error> {
     let steps = Steps { decode: 2, prefill: 1, warmup: 0 };
     let script = Script { warmup: Vec::new(), ..Script::new(workload, tokens, steps)? };
-    let mut opened = source.load(&Form::AsItIs, runtime, options)?;
+    let mut opened = source.load(&Form::AsItIs, runtime, &script.session(options))?;
     let zeros = if script.start > 0 { zeros(&opened.decoder) } else { Vec::new() };
     measure::run(&mut opened, &script, &zeros, caches, &|_| None)
         .map_err(|error| source.failed("measuring memory", error))?;

@@ -29,6 +29,8 @@ pub struct Report {
     pub seed: u64,
     /// Whether caches grew by copies, step by step.
     pub growing_cache: bool,
+    /// Whether steps of one token ran in the session of all others.
+    pub one_session: bool,
     /// Whether the tokens were a text's; otherwise they were drawn.
     pub text: bool,
     /// Line by line: by workload, the baseline first.
@@ -108,6 +110,7 @@ impl Report {
             warmup: options.steps.warmup,
             seed: options.seed,
             growing_cache: options.caches == Caches::Growing,
+            one_session: !options.session.one_token_apart,
             text: matches!(request.tokens, Tokens::Text(_)),
             lines,
         }

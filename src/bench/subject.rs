@@ -120,18 +120,20 @@ impl Source {
                 (Some((bytes, Vec::new())), Some(artifact))
             }
         };
-        let (session, inputs) = match model {
-            None => {
-                (Session::open(runtime, &self.directory.join(names::MODEL), options)?, Vec::new())
-            }
-            Some((bytes, inputs)) => {
-                (Session::from_bytes(runtime, &bytes, &self.directory, options)?, inputs)
-            }
+        let open = |options: &session::Options| match &model {
+            None => Session::open(runtime, &self.directory.join(names::MODEL), options),
+            Some((bytes, _)) => Session::from_bytes(runtime, bytes, &self.directory, options),
         };
+        let session = open(options)?;
+        let one_token = options.one_token().as_ref().map(open).transpose()?;
+        let inputs = model.map(|(_, inputs)| inputs).unwrap_or_default();
         let emits = artifact.filter(|artifact| artifact.manifest.options.emit_routing);
         let modules = emits.map(|a| a.manifest.routing.routed.clone()).unwrap_or_default();
-        let decoder = OnnxDecoder::with_facts(session, modules, self.cache)
+        let mut decoder = OnnxDecoder::with_facts(session, modules, self.cache)
             .map_err(|error| self.failed("loading", error))?;
+        if let Some(session) = one_token {
+            decoder = decoder.with_one_token(session);
+        }
         Ok(Opened { decoder, inputs })
     }
 
@@ -147,7 +149,10 @@ impl Source {
     ) -> Result<usize, Error> {
         match &self.artifact {
             Some(artifact) => Ok(artifact.manifest.model.vocab_size),
-            None => Ok(self.load(&Form::AsItIs, runtime, options)?.decoder.vocab_size()),
+            None => {
+                let options = session::Options { one_token_apart: false, ..options.clone() };
+                Ok(self.load(&Form::AsItIs, runtime, &options)?.decoder.vocab_size())
+            }
         }
     }
 
@@ -159,7 +164,8 @@ impl Source {
         runtime: &Runtime,
         options: &session::Options,
     ) -> Result<Vec<CacheEntry>, Error> {
-        let mut opened = self.load(&Form::AsItIs, runtime, options)?;
+        let options = session::Options { one_token_apart: false, ..options.clone() };
+        let mut opened = self.load(&Form::AsItIs, runtime, &options)?;
         let ids = tokens.prefix(length);
         for (chunk, ids) in ids.chunks(CHUNK).enumerate() {
             let ids = Array2::from_shape_fn((1, ids.len()), |(_, s)| ids[s]);

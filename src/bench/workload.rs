@@ -8,6 +8,7 @@ use serde::{Serialize, Serializer};
 
 use super::draws;
 use crate::decoder::{Input, Logits};
+use crate::runtime::{Shapes, session};
 
 /// A workload, written `decode:1:128`, `prefill:256` or `mixed:256:128`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,6 +235,22 @@ impl Script {
         self.samples.iter().flatten().next().map_or(1, Input::batch)
     }
 
+    /// How the sessions are opened that run it, `options` being how any are: none takes steps that there are
+    /// not.
+    pub(super) fn session(&self, options: &session::Options) -> session::Options {
+        let steps = || self.warmup.iter().chain(self.samples.iter().flatten());
+        let one = |input: &Input| input.ids.len() == 1;
+        let apart = options.one_token_apart;
+        if apart && steps().all(one) {
+            return session::Options {
+                one_token_apart: false,
+                shapes: Shapes::OneToken,
+                ..options.clone()
+            };
+        }
+        session::Options { one_token_apart: apart && steps().any(one), ..options.clone() }
+    }
+
     /// Tokens in a row of the cache after the last step, if it is read again and again: a prefill
     /// leaves it at once.
     pub(super) fn longest(&self) -> usize {
@@ -285,6 +302,23 @@ mod tests {
         {
             assert_eq!(wrong.parse::<Workload>(), Err(Unknown(wrong.to_owned())));
         }
+    }
+
+    #[test]
+    fn no_session_takes_steps_that_there_are_not() {
+        let sessions = |workload, apart| {
+            let options =
+                session::Options { one_token_apart: apart, ..session::Options::default() };
+            let script = script(workload, &Tokens::Drawn { seed: 1, vocab: 50 }).expect("drawn");
+            let session::Options { shapes, one_token_apart, .. } = script.session(&options);
+            (shapes, one_token_apart)
+        };
+        assert_eq!(sessions("decode:1:10", true), (Shapes::OneToken, false));
+        assert_eq!(sessions("decode:2:10", true), (Shapes::Any, false));
+        assert_eq!(sessions("prefill:4", true), (Shapes::Any, false));
+        assert_eq!(sessions("mixed:4:3", true), (Shapes::Any, true));
+        assert_eq!(sessions("decode:1:10", false), (Shapes::Any, false));
+        assert_eq!(sessions("mixed:4:3", false), (Shapes::Any, false));
     }
 
     #[test]

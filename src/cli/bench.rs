@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use skipgpt_export::bench::{self, Caches, Source, Steps, Tokens, Workload, memory};
 use skipgpt_export::onnx;
-use skipgpt_export::runtime::{Runtime, Version};
+use skipgpt_export::runtime::{Runtime, Version, session};
 use skipgpt_export::text::Tokenizer;
 
 use super::{Provider, ReportArguments, RuntimeArguments, Verdict, screen, sources};
@@ -62,6 +62,9 @@ pub(crate) struct Arguments {
     /// Let caches grow by copies, as in clients that hand over no buffers of their own
     #[arg(long)]
     growing_cache: bool,
+    /// Run steps of one token in the session that runs all others, as clients do that have only one
+    #[arg(long)]
+    one_session: bool,
     /// Leave peak memory out: it takes another process for each artifact and workload
     #[arg(long)]
     no_memory: bool,
@@ -105,7 +108,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         ideals: if arguments.ideal { arguments.ideal_seeds as usize } else { 0 },
         seed: arguments.seed,
         caches: caches(arguments),
-        session: sources::session_options(&arguments.runtime),
+        session: session(arguments),
     };
     let bar = screen::count("timing");
     let mut report = bench::run(&request, &options, &runtime, &mut |progress| {
@@ -130,6 +133,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     }
     screen::report(&report, &arguments.report)?;
     Ok(Verdict::Holds)
+}
+
+fn session(arguments: &Arguments) -> session::Options {
+    let options = sources::session_options(&arguments.runtime);
+    session::Options { one_token_apart: !arguments.one_session, ..options }
 }
 
 const fn caches(arguments: &Arguments) -> Caches {
@@ -191,6 +199,9 @@ fn peak_of(arguments: &Arguments, directory: &Path, workload: Workload) -> Resul
     if arguments.growing_cache {
         command.arg("--growing-cache");
     }
+    if arguments.one_session {
+        command.arg("--one-session");
+    }
     if let Some(path) = onnxruntime {
         command.arg("--onnxruntime").arg(path);
     }
@@ -213,7 +224,7 @@ fn print_peak(arguments: &Arguments, workload: Workload) -> Result<Verdict> {
     };
     let source = Source::open(directory)?;
     let runtime = runtime(arguments, &[&source])?;
-    let options = sources::session_options(&arguments.runtime);
+    let options = session(arguments);
     // Ids of an embedding's first rows alone: any vocabulary has them.
     let tokens = Tokens::Drawn { seed: arguments.seed, vocab: 1 };
     let peak = memory::peak(&source, workload, &tokens, caches(arguments), &runtime, &options)?;

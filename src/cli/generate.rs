@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use skipgpt_export::generate::{self, Sampling};
+use skipgpt_export::runtime::session;
 use skipgpt_export::text::{Message, Tokenizer};
 
 use super::{RuntimeArguments, Verdict, screen, sources};
@@ -37,6 +38,9 @@ pub(crate) struct Arguments {
     /// Seed of the samples
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Run all steps in one session: half the memory and loading time, slower steps
+    #[arg(long)]
+    one_session: bool,
     #[command(flatten)]
     runtime: RuntimeArguments,
     /// Write the report as JSON; `-` for standard output, in place of the text
@@ -55,7 +59,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     } else {
         tokenizer.encode(&arguments.prompt, true)?
     };
-    let mut decoder = sources::watched(&artifact, &arguments.runtime)?;
+    let session = session::Options {
+        one_token_apart: !arguments.one_session,
+        ..sources::session_options(&arguments.runtime)
+    };
+    let mut decoder = sources::watched_in(&artifact, &arguments.runtime, &session)?;
     let options = generate::Options {
         sampling: match arguments.temperature {
             None => Sampling::Greedy,

@@ -68,8 +68,17 @@ pub(crate) fn artifact(directory: &Path) -> Result<Artifact> {
 
 /// The artifact under ONNX Runtime, reporting its decisions.
 pub(crate) fn watched(artifact: &Artifact, arguments: &RuntimeArguments) -> Result<Watched> {
+    watched_in(artifact, arguments, &session_options(arguments))
+}
+
+/// The same in sessions of these options.
+pub(crate) fn watched_in(
+    artifact: &Artifact,
+    arguments: &RuntimeArguments,
+    options: &session::Options,
+) -> Result<Watched> {
     let runtime = runtime(arguments, artifact)?;
-    Ok(Watched::open(artifact, &runtime, &session_options(arguments))?)
+    Ok(Watched::open(artifact, &runtime, options)?)
 }
 
 /// The tokens of text files, one after the other, without special tokens.

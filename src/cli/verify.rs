@@ -9,6 +9,7 @@ use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::model::Reference;
 use skipgpt_export::quality::{self, Quality};
 use skipgpt_export::readback;
+use skipgpt_export::runtime::session;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::tolerance::Tolerances;
 use skipgpt_export::verify;
@@ -82,7 +83,8 @@ fn compare(
     prompts: &[Vec<i64>],
 ) -> Result<verify::Report> {
     let runtime = sources::runtime(&arguments.runtime, artifact)?;
-    let session = sources::session_options(&arguments.runtime);
+    let session =
+        session::Options { one_token_apart: true, ..sources::session_options(&arguments.runtime) };
     let scheme = artifact.manifest.plan.quantization.map(|quantization| quantization.scheme);
     let rounds = scheme.is_some_and(|scheme| scheme.accuracy.rounds());
     let open = if rounds { Watched::open_exact } else { Watched::open };

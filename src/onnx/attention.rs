@@ -118,7 +118,7 @@ impl Context<'_> {
         let cache = self.append(b, &self.name, &k, &v, self.outputs(""));
         let output = format!("{}.output", self.name);
         let run = |b: &mut Builder, output: &str| {
-            let rows = Rows::of(b, decision);
+            let rows = Rows::of(b, decision, &self.name);
             let q = self.kept_queries(b, &rows, normed);
             let context = if decision.dispatch == Dispatch::Conditional {
                 self.kept_core(b, &rows, &q, &cache)
@@ -145,7 +145,7 @@ impl Context<'_> {
             let skip = |b: &mut Builder| self.one_skipped(b, x, normed);
             let several =
                 |b: &mut Builder| self.several(b, decision, x, normed, self.inner("several"));
-            let one = &self.shared.one_token;
+            let one = dispatch::ONE_TOKEN;
             self.branch(b, &self.inner("otherwise"), rows, one, skip, several)
         };
         let run = |b: &mut Builder| self.one_kept(b, x, normed);
@@ -182,7 +182,7 @@ impl Context<'_> {
     ) -> WithCache {
         let place = format!("{}.several", self.name);
         let [k, v] = self.keys_and_values(b, &place, normed);
-        let rows = Rows::of(b, decision);
+        let rows = Rows::of(b, decision, &self.name);
         let q = self.kept_queries(b, &rows, normed);
         let step = |b: &mut Builder| {
             let place = format!("{place}.step");

@@ -11,6 +11,9 @@ use super::stream::Stream;
 /// The number of every row, `[tokens, 1]`.
 const ROW_NUMBERS: &str = "dispatch.rows";
 
+/// Whether there is one new token altogether, one element; present if a module is conditional.
+pub(super) const ONE_TOKEN: &str = "step.one_token";
+
 /// The rows a decision keeps.
 pub(super) struct Rows {
     /// Whether each token is kept, `[tokens]`.
@@ -63,27 +66,52 @@ pub(super) fn whole(
     Stream::Pending { x, change, sum: format!("{name}.output") }
 }
 
-/// The stream after a module that computes its change for kept rows only. Inside a branch there is
-/// at least one.
+/// The stream after a module that computes its change, `[kept, width]`, of the kept rows of `x` `[tokens, width]`.
 pub(super) fn kept_rows(
     b: &mut Builder,
     decision: &Decision,
     width: usize,
     x: &str,
-    change: impl FnOnce(&mut Builder, &Rows) -> Name,
+    change: impl FnOnce(&mut Builder, &str) -> Name,
 ) -> Stream {
     let name = &decision.place;
-    let output = format!("{name}.output");
-    let summed = |b: &mut Builder, output: &str| {
-        let rows = Rows::of(b, decision);
-        let change = change(b, &rows);
-        rows.add(b, output, x, &change)
-    };
+    let (output, kept) = (format!("{name}.output"), format!("{name}.rows"));
     if decision.dispatch != Dispatch::Conditional {
-        return Stream::Value(summed(b, &output));
+        let rows = Rows::of(b, decision, name);
+        let kept = rows.gather(b, &kept, x);
+        let change = change(b, &kept);
+        return Stream::Value(rows.add(b, &output, x, &change));
     }
-    let run = |b: &mut Builder| summed(b, &format!("{name}.kept.output"));
+    let run = |b: &mut Builder| one_or_several(b, decision, width, x, &kept, change);
     Stream::Value(if_any(b, decision, &output, width, x, run))
+}
+
+/// `x` with the change of its kept rows, of which there is one at least. One token is all there is to
+/// keep, and no row has to be found.
+fn one_or_several(
+    b: &mut Builder,
+    decision: &Decision,
+    width: usize,
+    x: &str,
+    kept: &str,
+    change: impl FnOnce(&mut Builder, &str) -> Name,
+) -> Name {
+    let shape = |rows| vec![rows, Dim::Fixed(width)];
+    let one = |b: &mut Builder| [b.op(&format!("{kept}.one"), "Identity", &[x])];
+    let several = |b: &mut Builder| {
+        let rows = Rows::of(b, decision, kept);
+        [rows.gather(b, &format!("{kept}.several"), x)]
+    };
+    let [rows] = b.branch(&[(kept, shape(Dim::Open))], ONE_TOKEN, one, several);
+    let change = change(b, &rows);
+    let sum = format!("{}.sum", decision.place);
+    let one = |b: &mut Builder| [b.op(&format!("{sum}.one"), "Add", &[x, &change])];
+    let several = |b: &mut Builder| {
+        let rows = Rows::of(b, decision, &sum);
+        [rows.add(b, &format!("{sum}.several"), x, &change)]
+    };
+    let [sum] = b.branch(&[(&*sum, shape(Dim::Symbolic("tokens")))], ONE_TOKEN, one, several);
+    sum
 }
 
 /// `run` if any token is kept, else `x` `[tokens, width]`, under the name `output`.
@@ -104,11 +132,11 @@ pub(super) fn if_any(
 }
 
 impl Rows {
-    /// The rows that `decision` keeps.
-    pub(super) fn of(b: &mut Builder, decision: &Decision) -> Self {
-        let keep = decision.vector(b);
-        let (name, axis) = (&decision.place, vec![("axis", Attribute::Int(0))]);
-        let indices = b.op_with(&format!("{name}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
+    /// The rows that `decision` keeps, their values named after `place`.
+    pub(super) fn of(b: &mut Builder, decision: &Decision, place: &str) -> Self {
+        let keep = decision.vector(b, place);
+        let axis = vec![("axis", Attribute::Int(0))];
+        let indices = b.op_with(&format!("{place}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
         Self { keep, indices }
     }
 

@@ -27,8 +27,7 @@ pub(super) fn lower(
         Some(decision) => {
             let x = stream.value(b);
             dispatch::kept_rows(b, decision, config.hidden_size, &x, |b, rows| {
-                let kept = rows.gather(b, &format!("{name}.rows"), &x);
-                let normed = b.rms_norm(&norm, &kept, &mlp.norm, eps);
+                let normed = b.rms_norm(&norm, rows, &mlp.norm, eps);
                 feed_forward(b, &name, mlp, &normed)
             })
         }

@@ -200,15 +200,15 @@ impl Decision {
     /// The decision as a factor, `[tokens, 1]`, 0 or 1.
     pub(super) fn factor(&self, b: &mut Builder) -> Name {
         let slot = b.ints(&format!("routing.slot.{}", self.slot), &[self.slot as i64]);
-        let keep = self.pick(b, &slot);
+        let keep = self.pick(b, &self.place, &slot);
         b.cast(&format!("{}.keep_factor", self.place), &keep, b.dtype)
     }
 
-    /// Whether each token is kept, `[tokens]`.
-    pub(super) fn vector(&self, b: &mut Builder) -> Name {
+    /// Whether each token is kept, `[tokens]`, under names after `place`.
+    pub(super) fn vector(&self, b: &mut Builder, place: &str) -> Name {
         // A scalar index drops the axis.
         let slot = b.int(&format!("routing.slot.{}.scalar", self.slot), self.slot as i64);
-        self.pick(b, &slot)
+        self.pick(b, place, &slot)
     }
 
     /// Whether any token is kept, one element; of a gated module, whether it is the only one.
@@ -216,11 +216,11 @@ impl Decision {
         self.any.as_deref().unwrap_or_default()
     }
 
-    fn pick(&self, b: &mut Builder, slot: &str) -> Name {
+    fn pick(&self, b: &mut Builder, place: &str, slot: &str) -> Name {
         let axis = vec![("axis", Attribute::Int(1))];
-        let margin = format!("{}.margin", self.place);
+        let margin = format!("{place}.margin");
         let margin = b.op_with(&margin, "Gather", &[&self.margins, slot], axis);
         let zero = b.floats("constants.zero.f32", &[], &[0.0]);
-        b.op(&format!("{}.keep", self.place), "GreaterOrEqual", &[&margin, &zero])
+        b.op(&format!("{place}.keep"), "GreaterOrEqual", &[&margin, &zero])
     }
 }

@@ -23,14 +23,16 @@ use crate::onnx::proto::SHARED_BUFFER;
 
 mod cache;
 mod error;
+mod sessions;
 
 use cache::Cache;
 pub use error::Error;
+use sessions::Sessions;
 
 /// A decoder graph under ONNX Runtime.
 #[derive(Debug)]
 pub struct OnnxDecoder {
-    session: Session,
+    sessions: Sessions,
     interface: Interface,
     modules: Vec<ModuleId>,
     cache: Option<Cache>,
@@ -59,17 +61,26 @@ impl OnnxDecoder {
         let shares = graph.metadata().map_err(Error::Run)?.custom(SHARED_BUFFER);
         let shares = facts.shared_buffer || shares.is_some_and(|value| value == "true");
         let forced = BTreeMap::new();
-        Ok(Self { session, interface, modules, cache: None, shares, reserved: 0, forced })
+        let sessions = session.into();
+        Ok(Self { sessions, interface, modules, cache: None, shares, reserved: 0, forced })
     }
 
-    /// The session it runs.
+    /// Lets `session`, of the same graph and [for such steps](super::Shapes::OneToken), take the steps of one
+    /// token in one sequence.
+    #[must_use]
+    pub fn with_one_token(mut self, session: Session) -> Self {
+        self.sessions.one_token = Some(session);
+        self
+    }
+
+    /// The session that takes every step.
     pub fn session(&self) -> &Session {
-        &self.session
+        &self.sessions.any
     }
 
     /// Gives the session back, to end its profile.
     pub fn into_session(self) -> Session {
-        self.session
+        self.sessions.any
     }
 
     /// As [`Decoder::step`]; gives the outputs named `extra` too, as `f32` in the order asked for.
@@ -101,15 +112,17 @@ impl OnnxDecoder {
         extra: &[&str],
     ) -> Result<(Output, Vec<ArrayD<f32>>, Presents), Error> {
         let past = self.check(input)?;
-        if let Some(name) = extra.iter().find(|name| !self.session.outputs().any(|o| o == **name)) {
+        if let Some(name) =
+            extra.iter().find(|name| !self.sessions.any.outputs().any(|o| o == **name))
+        {
             return Err(Error::MissingOutput { name: (*name).to_owned() });
         }
         let binding = self.bind(input, extra)?;
         let (batch, sequence) = (input.batch(), input.sequence());
-        let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
-
         let length = past + sequence;
         let shared = holds(self.cache.as_ref(), length);
+        let mut outputs =
+            self.sessions.of(input).inner.run_binding(&binding).map_err(Error::Run)?;
         let layers = presents(&self.interface, &mut outputs, batch, length, shared)?;
         let logits = super::logits::read(&take(&mut outputs, LOGITS)?, input.logits)?;
         let rows = if input.logits == Logits::Last { 1 } else { sequence };
@@ -127,7 +140,7 @@ impl OnnxDecoder {
             .map(|name| to_array(name, outputs.get(name).ok_or_else(|| missing(name))?))
             .collect::<Result<_, Error>>()?;
         drop(outputs);
-        self.session.settle()?;
+        self.sessions.of(input).settle()?;
         Ok((Output { logits, routing }, extra, layers))
     }
 
@@ -138,11 +151,12 @@ impl OnnxDecoder {
         self.make_room(input)?;
         let binding = self.bind(input, &[])?;
         let batch = input.batch();
-        let mut outputs = self.session.inner.run_binding(&binding).map_err(Error::Run)?;
+        let mut outputs =
+            self.sessions.of(input).inner.run_binding(&binding).map_err(Error::Run)?;
         let shared = holds(self.cache.as_ref(), length);
         let layers = presents(&self.interface, &mut outputs, batch, length, shared)?;
         drop(outputs);
-        self.session.settle()?;
+        self.sessions.of(input).settle()?;
         self.append(input, layers);
         Ok(())
     }
@@ -156,11 +170,14 @@ impl OnnxDecoder {
         match &mut self.cache {
             None => {
                 let batch = input.batch();
-                let cache = Cache::with_room(&self.session, &self.interface, batch, self.reserved)?;
+                let cache =
+                    Cache::with_room(&self.sessions.any, &self.interface, batch, self.reserved)?;
                 self.cache = Some(cache);
             }
-            Some(cache) if cache.room.is_none() && self.session.provider() == Provider::Cpu => {
-                *cache = cache.moved(&self.session, &self.interface, self.reserved)?;
+            Some(cache)
+                if cache.room.is_none() && self.sessions.any.provider() == Provider::Cpu =>
+            {
+                *cache = cache.moved(&self.sessions.any, &self.interface, self.reserved)?;
             }
             Some(_) => {}
         }
@@ -258,7 +275,7 @@ impl OnnxDecoder {
     }
 
     fn bind(&mut self, input: &Input, extra: &[&str]) -> Result<IoBinding, Error> {
-        let mut binding = self.session.inner.create_binding().map_err(Error::Run)?;
+        let mut binding = self.sessions.of(input).inner.create_binding().map_err(Error::Run)?;
         let mut integers = vec![(INPUT_IDS, &input.ids), (ATTENTION_MASK, &input.mask)];
         if self.interface.positions {
             integers.push((POSITION_IDS, &input.positions));
@@ -276,7 +293,7 @@ impl OnnxDecoder {
             binding.bind_input(name, value).map_err(feed(name))?;
         }
         let host = memory(AllocationDevice::CPU)?;
-        let device = match self.session.provider() {
+        let device = match self.sessions.any.provider() {
             Provider::Cpu => memory(AllocationDevice::CPU)?,
             Provider::Cuda => memory(AllocationDevice::CUDA)?,
         };
@@ -320,6 +337,11 @@ impl Decoder for OnnxDecoder {
 
     fn reserve(&mut self, tokens: usize) {
         self.reserved = tokens;
+    }
+
+    fn take_one_token_apart(&mut self, apart: bool) -> bool {
+        self.sessions.takes_one_token = apart;
+        self.sessions.one_token.is_some()
     }
 
     /// Copies the cache to the host; empty before the first step.

@@ -75,6 +75,21 @@ pub enum Optimization {
     All,
 }
 
+/// Which steps a session takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Shapes {
+    /// Any.
+    #[default]
+    Any,
+    /// One token of one sequence. ONNX Runtime takes the graph's forms for other steps out when it loads
+    /// it, and the branches that choose among them.
+    OneToken,
+}
+
+/// The names, in this tool's graphs and in those of onnxruntime-genai's builder and optimum, of the
+/// dimensions of `input_ids`. ONNX Runtime ignores names that a graph has not.
+const TOKEN_DIMENSIONS: [&str; 4] = ["batch", "sequence", "batch_size", "sequence_length"];
+
 /// How a session runs.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
@@ -84,6 +99,10 @@ pub struct Options {
     pub threads: Option<usize>,
     /// How far the graph is rewritten before.
     pub optimization: Optimization,
+    /// Which steps it takes.
+    pub shapes: Shapes,
+    /// Whether a decoder has a further session, for [`Shapes::OneToken`].
+    pub one_token_apart: bool,
     /// Where to write a profile: a path that ONNX Runtime completes with a time and `.json`.
     pub profile: Option<PathBuf>,
     /// Whether the first step tells where its nodes ran ([`Session::placement`]). On another provider
@@ -260,6 +279,17 @@ impl Session {
 }
 
 impl Options {
+    /// The same for the further session, if there is to be one. Not on CUDA, where it was never tried.
+    pub fn one_token(&self) -> Option<Self> {
+        let asked = self.one_token_apart && self.provider == Provider::Cpu;
+        asked.then(|| Self {
+            shapes: Shapes::OneToken,
+            profile: None,
+            placement: false,
+            ..self.clone()
+        })
+    }
+
     /// Whether the first step is profiled for its nodes' places.
     fn settles(&self) -> bool {
         self.profile.is_none() && (self.placement || self.provider != Provider::Cpu)
@@ -331,6 +361,11 @@ fn builder(
         .map_err(refused)?;
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(refused)?;
+    }
+    if options.shapes == Shapes::OneToken {
+        for name in TOKEN_DIMENSIONS {
+            builder = builder.with_dimension_override(name, 1).map_err(refused)?;
+        }
     }
     let scratch = scratch.map(|scratch| scratch.0.join("profile"));
     if let Some(profile) = options.profile.as_ref().or(scratch.as_ref()) {

@@ -9,6 +9,7 @@
 //! | `chunked` | 1 | in up to three chunks | 4 steps |
 //! | `chunked-batch` | 2 to 4, padded | in up to three chunks | 4 steps |
 //! | `greedy-N` | 1 | in one step, last logits only | 64 steps on the artifact's own tokens |
+//! | `one-token` | 1 | as `greedy-1` | as `greedy-1`, in the session for steps of one token |
 //!
 //! There is a `greedy-N` for each prompt, but for the first one alone where the prompts are drawn.
 //! Every step asks for all logits, or for the last ones where the artifact gives no others. The steps
@@ -33,6 +34,8 @@ pub(super) struct Case {
     /// The prompt, in chunks.
     pub(super) prompt: Vec<Input>,
     pub(super) then: Then,
+    /// Whether steps of one token go the way the artifact has for them alone.
+    pub(super) one_token_apart: bool,
 }
 
 /// What follows the prompt.
@@ -49,10 +52,11 @@ pub fn drawn(vocab: usize, seed: u64) -> Vec<Vec<i64>> {
     DRAWN.iter().zip(seed..).map(|(length, seed)| draw(vocab, seed, *length)).collect()
 }
 
-/// Every case, in the order they run, for an artifact that gives these logits.
+/// Every case, in the order they run, for an artifact that gives these logits and may take steps of one
+/// token `apart`.
 pub(super) fn cases(
     prompts: &[Vec<i64>],
-    (vocab, logits): (usize, Logits),
+    (vocab, logits, apart): (usize, Logits, bool),
     options: &Options,
 ) -> Vec<Case> {
     let drawn = drawn(vocab, options.seed);
@@ -64,21 +68,29 @@ pub(super) fn cases(
     let batch = batch(prompts, &drawn);
 
     let one = |prompt: &Vec<i64>| Input::prompts(std::slice::from_ref(prompt), logits);
-    let case =
-        |name: &str, prompt, steps| Case { name: name.to_owned(), prompt, then: Then::Fed(steps) };
+    let case = |name: &str, prompt, then| Case {
+        name: name.to_owned(),
+        prompt,
+        then,
+        one_token_apart: false,
+    };
     let mut cases = vec![
-        case("prefill", vec![one(first)], 0),
-        case("single-token", vec![one(&vec![first[0]])], 4),
-        case("decode", vec![one(first)], options.decode_steps),
-        case("batch", vec![Input::prompts(&batch, logits)], 8),
-        case("chunked", chunks(&one(long)), 4),
-        case("chunked-batch", chunks(&Input::prompts(&batch, logits)), 4),
+        case("prefill", vec![one(first)], Then::Fed(0)),
+        case("single-token", vec![one(&vec![first[0]])], Then::Fed(4)),
+        case("decode", vec![one(first)], Then::Fed(options.decode_steps)),
+        case("batch", vec![Input::prompts(&batch, logits)], Then::Fed(8)),
+        case("chunked", chunks(&one(long)), Then::Fed(4)),
+        case("chunked-batch", chunks(&Input::prompts(&batch, logits)), Then::Fed(4)),
     ];
-    cases.extend(texts.iter().enumerate().map(|(index, prompt)| Case {
-        name: format!("greedy-{}", index + 1),
-        prompt: vec![Input::prompts(std::slice::from_ref(prompt), Logits::Last)],
-        then: Then::Greedy(options.greedy_tokens),
-    }));
+    let greedy = |name: &str, prompt: &Vec<i64>| {
+        let prompt = Input::prompts(std::slice::from_ref(prompt), Logits::Last);
+        case(name, vec![prompt], Then::Greedy(options.greedy_tokens))
+    };
+    let texts = texts.iter().enumerate();
+    cases.extend(texts.map(|(index, prompt)| greedy(&format!("greedy-{}", index + 1), prompt)));
+    if apart {
+        cases.push(Case { one_token_apart: true, ..greedy("one-token", first) });
+    }
     cases
 }
 
@@ -162,11 +174,20 @@ mod tests {
 
     #[test]
     fn drawn_cases_cover_padding_and_chunks() {
-        let cases = cases(&[], (1000, Logits::All), &options());
+        let cases = cases(&[], (1000, Logits::All, true), &options());
         let names: Vec<_> = cases.iter().map(|case| case.name.as_str()).collect();
         assert_eq!(
             names,
-            ["prefill", "single-token", "decode", "batch", "chunked", "chunked-batch", "greedy-1"]
+            [
+                "prefill",
+                "single-token",
+                "decode",
+                "batch",
+                "chunked",
+                "chunked-batch",
+                "greedy-1",
+                "one-token"
+            ]
         );
         assert_eq!(named(&cases, "decode").then, Then::Fed(32));
         let batch = &named(&cases, "batch").prompt[0];
@@ -187,7 +208,7 @@ mod tests {
             vec![tokens(1), tokens(5), tokens(2)],
             vec![tokens(3), tokens(1), tokens(40)],
         ] {
-            let cases = cases(&prompts, (100, Logits::All), &options());
+            let cases = cases(&prompts, (100, Logits::All, false), &options());
             let batch = &named(&cases, "batch").prompt[0];
             assert!(batch.mask.iter().any(|&real| real == 0), "{prompts:?}");
             check_chunks(named(&cases, "chunked-batch"), batch);

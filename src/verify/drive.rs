@@ -44,6 +44,7 @@ impl<R: Follow, A: Decoder> Drive<'_, R, A> {
             _ => 0,
         };
         self.artifact.reserve(room);
+        self.artifact.take_one_token_apart(case.one_token_apart);
         let mut latest = None;
         for input in &case.prompt {
             latest = Some((input.clone(), self.both(input, &mut tally)?));

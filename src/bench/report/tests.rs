@@ -41,6 +41,7 @@ fn report() -> Report {
         warmup: 4,
         seed: 0,
         growing_cache: false,
+        one_session: false,
         text: false,
         lines: vec![line("a/dense", Decisions::None), drawn],
     }

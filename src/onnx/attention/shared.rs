@@ -30,9 +30,6 @@ pub(in crate::onnx) struct Shared {
     pub(super) group_bias: Name,
     /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
     pub(super) zero_queries: Option<Name>,
-    /// Whether there is one new token altogether; present if a module that is both grouped and
-    /// conditional asks.
-    pub(super) one_token: Name,
     /// Whether there is one sequence; present if an attention module asks.
     pub(super) one_sequence: Name,
     /// What `GroupQueryAttention` takes, if it may be used.
@@ -93,6 +90,7 @@ impl Grouped {
 
 /// Lengths of the step, scalars.
 struct Lengths {
+    batch: Name,
     sequence: Name,
     past: Name,
     total: Name,
@@ -107,34 +105,33 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let batch_sequence = b.op_with("shapes.batch_sequence", "Concat", &[&shape, &open], axis);
     let zero = b.int("constants.zero", 0);
     let one = b.int("constants.one", 1);
-    let tokens = b.op("shapes.tokens", "Size", &["input_ids"]);
+    let lengths = lengths(b, &zero, &one);
+    // Not `Size`: where a session knows batch and sequence beforehand, ONNX Runtime computes this when it
+    // loads the graph, and takes the branches that depend on it out.
+    let tokens = b.op("shapes.tokens", "Mul", &[&lengths.batch, &lengths.sequence]);
     let range = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
     let rows = b.op("rope.rows", "Reshape", &[&range, &shape]);
     let [cos, sin] = angles(b, config);
 
-    let lengths = lengths(b, &one);
     let multi_head = attend::multi_head(grouped, b.dtype);
     let attention = || model.layers.iter().filter_map(|l| l.routing(ModuleKind::Attention));
     let conditional = attention().any(dispatch::branches);
-    let batch = if grouped || conditional {
-        b.op("shapes.batch", "Gather", &[&shape, &zero])
-    } else {
-        Name::new()
-    };
+    let mut mlps = model.layers.iter().filter_map(|layer| layer.routing(ModuleKind::Mlp));
+    let (any_branches, any_gathers) =
+        (conditional || mlps.clone().any(dispatch::branches), mlps.any(dispatch::gathers));
     let mut is_one = |asked: bool, name: &str, count: &str| {
         if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
     };
-    let one_token = is_one(grouped && conditional, "step.one_token", &tokens);
-    let one_sequence = is_one(conditional || multi_head, "step.one_sequence", &batch);
+    let one_token = is_one(any_branches, dispatch::ONE_TOKEN, &tokens);
+    let one_sequence = is_one(conditional || multi_head, "step.one_sequence", &lengths.batch);
     if grouped && conditional {
         router::floors(b, model, &one_token);
     }
     let bias = bias(b, &lengths, &zero, &one);
     let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
     head_shapes(b, config, !multi_head);
-    let mut mlps = model.layers.iter().filter_map(|layer| layer.routing(ModuleKind::Mlp));
     let zero_queries = attention().any(dispatch::gathers).then(|| zero_queries(b, config));
-    if zero_queries.is_some() || mlps.any(dispatch::gathers) {
+    if zero_queries.is_some() || any_gathers {
         dispatch::row_numbers(b, &range);
     }
     let grouped = grouped.then(|| {
@@ -145,20 +142,9 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
             single.clone()
         };
         let forms = [takes, single];
-        group_inputs(b, config, &lengths, (&batch, &one), [&cos, &sin], forms)
+        group_inputs(b, config, &lengths, &one, [&cos, &sin], forms)
     });
-    Shared {
-        batch_sequence,
-        rows,
-        cos,
-        sin,
-        bias,
-        group_bias,
-        zero_queries,
-        one_token,
-        one_sequence,
-        grouped,
-    }
+    Shared { batch_sequence, rows, cos, sin, bias, group_bias, zero_queries, one_sequence, grouped }
 }
 
 /// Cosines and sines of every token's angles, `[tokens, head_dim / 2]`.
@@ -174,12 +160,13 @@ fn angles(b: &mut Builder, config: &Config) -> [Name; 2] {
     [b.rounded("rope.cos", &cos), b.rounded("rope.sin", &sin)]
 }
 
-fn lengths(b: &mut Builder, one: &str) -> Lengths {
+fn lengths(b: &mut Builder, zero: &str, one: &str) -> Lengths {
+    let batch = b.op("shapes.batch", "Gather", &["shapes.ids", zero]);
     let mask_shape = b.op("mask.shape", "Shape", &["attention_mask"]);
     let total = b.op("mask.total", "Gather", &[&mask_shape, one]);
     let sequence = b.op("mask.sequence", "Gather", &["shapes.ids", one]);
     let past = b.op("mask.past", "Sub", &[&total, &sequence]);
-    Lengths { sequence, past, total }
+    Lengths { batch, sequence, past, total }
 }
 
 /// What is added to every layer's scores, `[batch, 1, sequence, total]`: 0 where the key is real and not
@@ -227,8 +214,8 @@ fn zero_queries(b: &mut Builder, config: &Config) -> Name {
 fn group_inputs(
     b: &mut Builder,
     config: &Config,
-    Lengths { past, total, .. }: &Lengths,
-    (batch, one): (&str, &str),
+    Lengths { batch, past, total, .. }: &Lengths,
+    one: &str,
     tables: [&str; 2],
     [takes, single]: [Name; 2],
 ) -> Grouped {
