@@ -10,6 +10,7 @@ use ndarray::{ArrayView1, Axis};
 use serde::Serialize;
 
 use crate::decoder::{Decoder, Input, Logits, Output};
+use crate::generate::{self, Sampling};
 use crate::logits::{argmax, log_sum_exp};
 
 /// How two decoders compare on a text.
@@ -103,6 +104,29 @@ pub fn compare<R: Decoder, A: Decoder>(
     reference.reset();
     artifact.reset();
     if sums.positions == 0 { Err(Error::NoText) } else { Ok(sums.quality()) }
+}
+
+/// Sequences to compare on where nobody has given a text: what `decoder` writes after each of `starts`, every token
+/// drawn by its own probabilities. Drawn evenly from the vocabulary they would be no text to the model, whose
+/// predictions, and routers, are then at their least certain.
+///
+/// # Errors
+///
+/// As [`generate::tokens`].
+pub fn own_texts<D: Decoder>(
+    decoder: &mut D,
+    starts: &[Vec<i64>],
+    tokens: usize,
+    seed: u64,
+) -> Result<Vec<Vec<i64>>, generate::Error<D::Error>> {
+    let write = |(start, seed): (&Vec<i64>, u64)| {
+        let sampling = Sampling::Random { temperature: 1.0, top_k: None, top_p: None, seed };
+        let options =
+            generate::Options { sampling, max_new_tokens: tokens, ..generate::Options::default() };
+        let written = generate::tokens(decoder, start, &options, |_| ())?.tokens;
+        Ok([start.as_slice(), &written].concat())
+    };
+    starts.iter().zip(seed..).map(write).collect()
 }
 
 /// The steps in which a decoder that gives these logits gives those of every token of `whole`.
@@ -220,6 +244,18 @@ mod tests {
 
     use super::*;
     use crate::verify::toy::{Fault, Toy};
+
+    #[test]
+    fn a_decoder_s_own_texts_begin_as_asked_and_differ_by_seed() {
+        let starts = [vec![1], vec![1], vec![2, 3]];
+        let write = |seed| own_texts(&mut Toy::default(), &starts, 12, seed).unwrap();
+        let texts = write(5);
+        for (start, text) in starts.iter().zip(&texts) {
+            assert_eq!((text.len(), &text[..start.len()]), (start.len() + 12, start.as_slice()));
+        }
+        assert_ne!(texts[0], texts[1]);
+        assert_eq!((texts, write(5)[1].clone()), (write(5), write(6)[0].clone()));
+    }
 
     #[test]
     fn a_decoder_is_as_good_as_itself() {

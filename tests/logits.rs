@@ -187,7 +187,7 @@ fn every_other_command_takes_such_an_artifact() {
     let verify = ["verify", &last, "--model", &model, "--router", &router];
     let report = succeeds(&[&verify[..], &few].concat());
     assert!(report.contains("each step's last logits within"), "{report}");
-    assert!(report.contains("of 50 places"), "{report}");
+    assert!(report.contains("of 192 places"), "{report}");
 
     let bench = ["bench", &last, "--baseline", &dense, "--workload", "prefill:8", "--no-memory"];
     let few = ["--ideal", "--rounds", "1", "--prefills", "1", "--threads", "1"];

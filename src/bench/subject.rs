@@ -147,13 +147,10 @@ impl Source {
         runtime: &Runtime,
         options: &session::Options,
     ) -> Result<usize, Error> {
-        match &self.artifact {
-            Some(artifact) => Ok(artifact.manifest.model.vocab_size),
-            None => {
-                let options = session::Options { one_token_apart: false, ..options.clone() };
-                Ok(self.load(&Form::AsItIs, runtime, &options)?.decoder.vocab_size())
-            }
+        if let Some(artifact) = &self.artifact {
+            return Ok(artifact.manifest.model.vocab_size);
         }
+        Ok(self.load(&Form::AsItIs, runtime, &in_one_session(options))?.decoder.vocab_size())
     }
 
     /// Its cache of the first `length` tokens, one row.
@@ -164,8 +161,7 @@ impl Source {
         runtime: &Runtime,
         options: &session::Options,
     ) -> Result<Vec<CacheEntry>, Error> {
-        let options = session::Options { one_token_apart: false, ..options.clone() };
-        let mut opened = self.load(&Form::AsItIs, runtime, &options)?;
+        let mut opened = self.load(&Form::AsItIs, runtime, &in_one_session(options))?;
         let ids = tokens.prefix(length);
         for (chunk, ids) in ids.chunks(CHUNK).enumerate() {
             let ids = Array2::from_shape_fn((1, ids.len()), |(_, s)| ids[s]);
@@ -222,6 +218,11 @@ impl Opened {
         }
         Ok(())
     }
+}
+
+/// `options` for what is not timed.
+fn in_one_session(options: &session::Options) -> session::Options {
+    session::Options { one_token_apart: false, ..options.clone() }
 }
 
 /// The first `length` tokens of a cache of one row, in every one of `batch` rows. What the cache is

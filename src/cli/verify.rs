@@ -20,6 +20,9 @@ use super::{
     CheckpointArguments, Device, ReportArguments, RuntimeArguments, Verdict, screen, sources,
 };
 
+/// Tokens of each text that an artifact writes to be compared on.
+const OWN_TEXT: usize = 63;
+
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// The artifact to verify
@@ -115,10 +118,16 @@ fn compare(
         report.compare_weights(nearness);
     }
     if rounds {
+        let written = if prompts.is_empty() {
+            let drawn = verify::drawn(artifact.manifest.model.vocab_size, arguments.seed);
+            let starts: Vec<Vec<i64>> = drawn.iter().map(|tokens| tokens[..1].to_vec()).collect();
+            quality::own_texts(&mut watched, &starts, OWN_TEXT, arguments.seed)?
+        } else {
+            Vec::new()
+        };
         drop(watched);
-        let drawn = verify::drawn(artifact.manifest.model.vocab_size, arguments.seed);
-        let prompts = if prompts.is_empty() { &drawn } else { prompts };
-        let quality = measure(arguments, artifact, &mut reference, prompts)?;
+        let texts = if prompts.is_empty() { &written } else { prompts };
+        let quality = measure(arguments, artifact, &mut reference, texts)?;
         report.compare_rounding(quality);
     }
     Ok(report)
