@@ -96,7 +96,9 @@ fn a_real_model_goes_all_the_way() {
         succeeds(&[&["generate", &artifact, "--prompt", prompt, "--json", "-"], more].concat())
     };
     let greedy = ["--max-new-tokens", "12"];
-    assert_eq!(tokens(&generate(&greedy)), tokens(&generate(&greedy)));
+    let written = tokens(&generate(&greedy));
+    assert_eq!(written, tokens(&generate(&greedy)));
+    assert_eq!(written, tokens(&generate(&[&greedy[..], &["--step-session"]].concat())));
     let sampled = |seed| {
         let more = ["--max-new-tokens", "12", "--temperature", "1.5", "--seed", seed];
         tokens(&generate(&more))
