@@ -104,15 +104,15 @@ impl Watched {
             })
             .collect();
         let bytes = proto::with_outputs(model, &outputs)?;
-        let session = Session::from_bytes(runtime, &bytes, &artifact.directory, options)?;
+        let open = |options: &session::Options| {
+            Session::from_bytes(runtime, &bytes, &artifact.directory, options)
+        };
+        let session = open(options)?;
+        let one_token = options.one_token().as_ref().map(open).transpose()?;
         let manifest = &artifact.manifest;
         let emitted = manifest.options.emit_routing;
         let modules = if emitted { manifest.routing.routed.clone() } else { Vec::new() };
-        let mut decoder = OnnxDecoder::new(session, modules)?;
-        if let Some(options) = options.one_token() {
-            let session = Session::from_bytes(runtime, &bytes, &artifact.directory, &options)?;
-            decoder = decoder.with_one_token(session);
-        }
+        let decoder = OnnxDecoder::new(session, modules)?.with_one_token(one_token);
         Ok(Self { decoder, routers })
     }
 

@@ -16,7 +16,7 @@ use skipgpt_export::plan::{self, Choices};
 use skipgpt_export::runtime::session::Provider;
 use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Shapes, Version, session};
 use skipgpt_export::verify;
-use skipgpt_export::watch::Watched;
+use skipgpt_export::watch::{self, Watched};
 use skipgpt_passes::ir::{DType, Dispatch, Model, ModuleKind};
 use skipgpt_passes::plan::Quantization;
 use skipgpt_passes::{PASSES, validate};
@@ -138,26 +138,26 @@ pub(crate) fn export_as(
 
 impl Exported {
     pub(crate) fn open(&self) -> Watched {
-        let runtime = Runtime::find(None, Version::OLDEST).unwrap();
-        let options = session::Options {
-            threads: Some(2),
-            one_token_apart: true,
-            ..session::Options::default()
-        };
-        Watched::open(&self.artifact, &runtime, &options).unwrap()
+        self.watched(Watched::open)
     }
 
     /// As [`Exported::open`], without rounding of activations.
     pub(crate) fn open_exact(&self) -> Watched {
+        self.watched(Watched::open_exact)
+    }
+
+    fn watched(&self, open: Open) -> Watched {
         let runtime = Runtime::find(None, Version::OLDEST).unwrap();
         let options = session::Options {
             threads: Some(2),
             one_token_apart: true,
             ..session::Options::default()
         };
-        Watched::open_exact(&self.artifact, &runtime, &options).unwrap()
+        open(&self.artifact, &runtime, &options).unwrap()
     }
 }
+
+type Open = fn(&Artifact, &Runtime, &session::Options) -> Result<Watched, watch::Error>;
 
 /// Decisions equal at every real position, logits within [`ATOL`], the same greedy text.
 fn check_oracle(case: &str, variant: Variant, exported: &Exported) {

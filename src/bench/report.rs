@@ -110,7 +110,7 @@ impl Report {
             warmup: options.steps.warmup,
             seed: options.seed,
             growing_cache: options.caches == Caches::Growing,
-            one_session: !options.session.one_token_apart,
+            one_session: options.session.one_token().is_none(),
             text: matches!(request.tokens, Tokens::Text(_)),
             lines,
         }

@@ -129,12 +129,9 @@ impl Source {
         let inputs = model.map(|(_, inputs)| inputs).unwrap_or_default();
         let emits = artifact.filter(|artifact| artifact.manifest.options.emit_routing);
         let modules = emits.map(|a| a.manifest.routing.routed.clone()).unwrap_or_default();
-        let mut decoder = OnnxDecoder::with_facts(session, modules, self.cache)
+        let decoder = OnnxDecoder::with_facts(session, modules, self.cache)
             .map_err(|error| self.failed("loading", error))?;
-        if let Some(session) = one_token {
-            decoder = decoder.with_one_token(session);
-        }
-        Ok(Opened { decoder, inputs })
+        Ok(Opened { decoder: decoder.with_one_token(one_token), inputs })
     }
 
     /// Number of tokens in its vocabulary; another exporter's graph is loaded to ask it.
@@ -180,7 +177,7 @@ impl Source {
         options: &session::Options,
     ) -> Result<Vec<(Input, Routing)>, Error> {
         let Some(artifact) = &self.artifact else { return Ok(Vec::new()) };
-        let mut watched = Watched::open(artifact, runtime, options)?;
+        let mut watched = Watched::open(artifact, runtime, &script.session(options))?;
         if script.start > 0 {
             watched.restore(rows(prefix, script.batch(), script.start))?;
         }

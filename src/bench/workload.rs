@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 
 use super::draws;
 use crate::decoder::{Input, Logits};
-use crate::runtime::{Shapes, session};
+use crate::runtime::session;
 
 /// A workload, written `decode:1:128`, `prefill:256` or `mixed:256:128`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,15 +240,13 @@ impl Script {
     pub(super) fn session(&self, options: &session::Options) -> session::Options {
         let steps = || self.warmup.iter().chain(self.samples.iter().flatten());
         let one = |input: &Input| input.ids.len() == 1;
-        let apart = options.one_token_apart;
-        if apart && steps().all(one) {
-            return session::Options {
-                one_token_apart: false,
-                shapes: Shapes::OneToken,
+        match options.one_token() {
+            Some(alone) if steps().all(one) => alone,
+            beside => session::Options {
+                one_token_apart: beside.is_some() && steps().any(one),
                 ..options.clone()
-            };
+            },
         }
-        session::Options { one_token_apart: apart && steps().any(one), ..options.clone() }
     }
 
     /// Tokens in a row of the cache after the last step, if it is read again and again: a prefill
@@ -284,6 +282,7 @@ pub(super) fn input(ids: Array2<i64>, past: usize) -> Input {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::{Provider, Shapes};
 
     const STEPS: Steps = Steps { decode: 4, prefill: 2, warmup: 3 };
 
@@ -306,19 +305,24 @@ mod tests {
 
     #[test]
     fn no_session_takes_steps_that_there_are_not() {
-        let sessions = |workload, apart| {
-            let options =
-                session::Options { one_token_apart: apart, ..session::Options::default() };
+        let on = |provider, workload, apart| {
+            let options = session::Options {
+                provider,
+                one_token_apart: apart,
+                ..session::Options::default()
+            };
             let script = script(workload, &Tokens::Drawn { seed: 1, vocab: 50 }).expect("drawn");
             let session::Options { shapes, one_token_apart, .. } = script.session(&options);
             (shapes, one_token_apart)
         };
+        let sessions = |workload, apart| on(Provider::Cpu, workload, apart);
         assert_eq!(sessions("decode:1:10", true), (Shapes::OneToken, false));
         assert_eq!(sessions("decode:2:10", true), (Shapes::Any, false));
         assert_eq!(sessions("prefill:4", true), (Shapes::Any, false));
         assert_eq!(sessions("mixed:4:3", true), (Shapes::Any, true));
         assert_eq!(sessions("decode:1:10", false), (Shapes::Any, false));
         assert_eq!(sessions("mixed:4:3", false), (Shapes::Any, false));
+        assert_eq!(on(Provider::Cuda, "decode:1:10", true), (Shapes::Any, false));
     }
 
     #[test]

@@ -118,16 +118,15 @@ fn compare(
         report.compare_weights(nearness);
     }
     if rounds {
-        let written = if prompts.is_empty() {
+        let texts = if prompts.is_empty() {
             let drawn = verify::drawn(artifact.manifest.model.vocab_size, arguments.seed);
             let starts: Vec<Vec<i64>> = drawn.iter().map(|tokens| tokens[..1].to_vec()).collect();
             quality::own_texts(&mut watched, &starts, OWN_TEXT, arguments.seed)?
         } else {
-            Vec::new()
+            prompts.to_vec()
         };
         drop(watched);
-        let texts = if prompts.is_empty() { &written } else { prompts };
-        let quality = measure(arguments, artifact, &mut reference, texts)?;
+        let quality = measure(arguments, artifact, &mut reference, &texts)?;
         report.compare_rounding(quality);
     }
     Ok(report)

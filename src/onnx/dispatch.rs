@@ -11,7 +11,8 @@ use super::stream::Stream;
 /// The number of every row, `[tokens, 1]`.
 const ROW_NUMBERS: &str = "dispatch.rows";
 
-/// Whether there is one new token altogether, one element; present if a module is conditional.
+/// Whether there is one new token altogether, one element; present if a conditional MLP asks, or a conditional attention
+/// module in grouped form.
 pub(super) const ONE_TOKEN: &str = "step.one_token";
 
 /// The rows a decision keeps.

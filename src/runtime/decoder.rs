@@ -65,11 +65,11 @@ impl OnnxDecoder {
         Ok(Self { sessions, interface, modules, cache: None, shares, reserved: 0, forced })
     }
 
-    /// Lets `session`, of the same graph and [for such steps](super::Shapes::OneToken), take the steps of one
-    /// token in one sequence.
+    /// Lets `session`, if there is one, take the steps of one token in one sequence; of the same graph and
+    /// [for such steps](super::Shapes::OneToken).
     #[must_use]
-    pub fn with_one_token(mut self, session: Session) -> Self {
-        self.sessions.one_token = Some(session);
+    pub fn with_one_token(mut self, session: Option<Session>) -> Self {
+        self.sessions.one_token = session;
         self
     }
 

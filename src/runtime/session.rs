@@ -284,6 +284,7 @@ impl Options {
         let asked = self.one_token_apart && self.provider == Provider::Cpu;
         asked.then(|| Self {
             shapes: Shapes::OneToken,
+            one_token_apart: false,
             profile: None,
             placement: false,
             ..self.clone()

@@ -116,13 +116,12 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let multi_head = attend::multi_head(grouped, b.dtype);
     let attention = || model.layers.iter().filter_map(|l| l.routing(ModuleKind::Attention));
     let conditional = attention().any(dispatch::branches);
-    let mut mlps = model.layers.iter().filter_map(|layer| layer.routing(ModuleKind::Mlp));
-    let (any_branches, any_gathers) =
-        (conditional || mlps.clone().any(dispatch::branches), mlps.any(dispatch::gathers));
+    let mlps = || model.layers.iter().filter_map(|l| l.routing(ModuleKind::Mlp));
     let mut is_one = |asked: bool, name: &str, count: &str| {
         if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
     };
-    let one_token = is_one(any_branches, dispatch::ONE_TOKEN, &tokens);
+    let asked = (grouped && conditional) || mlps().any(dispatch::branches);
+    let one_token = is_one(asked, dispatch::ONE_TOKEN, &tokens);
     let one_sequence = is_one(conditional || multi_head, "step.one_sequence", &lengths.batch);
     if grouped && conditional {
         router::floors(b, model, &one_token);
@@ -131,7 +130,7 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
     head_shapes(b, config, !multi_head);
     let zero_queries = attention().any(dispatch::gathers).then(|| zero_queries(b, config));
-    if zero_queries.is_some() || any_gathers {
+    if zero_queries.is_some() || mlps().any(dispatch::gathers) {
         dispatch::row_numbers(b, &range);
     }
     let grouped = grouped.then(|| {
