@@ -91,12 +91,13 @@ pub(crate) fn export_as(
     let choices = Choices {
         provider: session::Provider::Cpu,
         dispatch: Some(dispatch),
+        dtype,
         quantization,
         rearrange: !link,
         prune_below: None,
         always_above: None,
     };
-    let plan = plan::build(&checkpoint.model.config, choices, None).unwrap();
+    let plan = plan::build(&checkpoint.model, choices, None).unwrap();
     let mut model = checkpoint.model.clone();
     let mut stages = vec![("00-imported".to_owned(), model.clone())];
     skipgpt_passes::run(PASSES, &mut model, &plan, |pass, model| {

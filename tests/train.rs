@@ -122,14 +122,50 @@ fn losses(metrics: &[Value]) -> Vec<(u64, f64)> {
 
 #[test]
 fn killed_router_tuning_ends_in_the_same_bytes() {
+    let given = tiny().join("router.safetensors");
+    let given = ["--router", given.to_str().unwrap(), "--estimator", "reinmax"];
+    let new = ["--schedule", "cosine", "--skip-from", "0.1", "--seed", "5"];
+    for more in [&new[..], &given] {
+        let place = Place::new();
+        place.kill_and_resume("router", "killed", more, "400");
+        let whole = [more, &["--steps", "400", "--save-every", "400"]].concat();
+        place.succeeds("router", "whole", &whole);
+        let bytes = |output| place.bytes(output, "000400", "router.safetensors");
+        assert!(bytes("killed") == bytes("whole"));
+        assert_eq!(losses(&place.metrics("killed")), losses(&place.metrics("whole")));
+    }
+}
+
+/// A step of next to no length leaves them as they were given.
+#[test]
+fn routers_go_on_from_routers() {
     let place = Place::new();
-    let more = ["--schedule", "cosine", "--skip-from", "0.1", "--seed", "5"];
-    place.kill_and_resume("router", "killed", &more, "400");
-    let whole = [&more[..], &["--steps", "400", "--save-every", "400"]].concat();
-    place.succeeds("router", "whole", &whole);
-    let bytes = |output| place.bytes(output, "000400", "router.safetensors");
-    assert!(bytes("killed") == bytes("whole"));
-    assert_eq!(losses(&place.metrics("killed")), losses(&place.metrics("whole")));
+    let given = tiny().join("router.safetensors");
+    let router = ["--router", given.to_str().unwrap()];
+    let more = ["--steps", "1", "--learning-rate", "1e-12", "--weight-decay", "0"];
+    place.succeeds("router", "run", &[&router[..], &more].concat());
+    let values = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let mut names = tensors.names();
+        names.sort_unstable();
+        let of = |name: &str| tensors.tensor(name).unwrap().data().to_vec();
+        names.into_iter().map(|name| (name.to_owned(), of(name))).collect::<Vec<_>>()
+    };
+    let (given, found) = (values(&given), values(&place.path("run/router.safetensors")));
+    assert!(!given.is_empty() && given.len() == found.len());
+    for ((name, given), (own, found)) in given.iter().zip(&found) {
+        let of = |bytes: &[u8]| -> Vec<f32> {
+            let chunks = bytes.as_chunks::<4>().0.iter();
+            chunks.map(|chunk| f32::from_le_bytes(*chunk)).collect()
+        };
+        let far =
+            of(given).iter().zip(of(found)).any(|(given, found)| (given - found).abs() > 1e-9);
+        assert!(name == own && !far, "{name} {own}");
+    }
+    let (code, _, message) =
+        place.run("router", "other", &[&router[..], &["--keep-bias", "1.5"]].concat());
+    assert!(code == 2 && message.contains("cannot be used with"), "{message}");
 }
 
 #[test]

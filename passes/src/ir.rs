@@ -27,9 +27,10 @@ pub enum Phase {
 }
 
 /// How a tensor's elements are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum DType {
     /// IEEE 754 single precision.
+    #[default]
     F32,
     /// IEEE 754 half precision.
     F16,

@@ -89,7 +89,7 @@ enum FormatArgument {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DispatchArgument {
-    /// Conditional: the fastest measured
+    /// The fastest measured: conditional, or masked where --profile says that skipping does not pay
     Auto,
     /// Everything is computed and multiplied by the decision
     Masked,
@@ -258,12 +258,13 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     let choices = plan::Choices {
         dispatch: arguments.dispatch.dispatch(),
         provider: arguments.provider.into(),
+        dtype: arguments.precision.float(),
         quantization,
         rearrange: !link,
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,
     };
-    Ok(plan::build(&checkpoint.model.config, choices, profile.as_ref())?)
+    Ok(plan::build(&checkpoint.model, choices, profile.as_ref())?)
 }
 
 /// Runs the passes, showing the IR where that was asked for.

@@ -8,7 +8,7 @@ use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::train::data::FIELD;
 use skipgpt_export::train::schedule::{Line, Rate, Shape};
-use skipgpt_export::train::settings::{Base, Lora, Router, Settings, Stage, Target};
+use skipgpt_export::train::settings::{Base, Estimator, Lora, Router, Settings, Stage, Target};
 use skipgpt_export::train::{Event, Options, Request, metrics, optimizer, run as train};
 use skipgpt_export::world::World;
 
@@ -42,20 +42,27 @@ pub(crate) struct RouterArguments {
     /// Strength of the pull towards the share [default: 8 (paper), 20 (code)]
     #[arg(long, value_name = "ALPHA")]
     alpha: Option<f64>,
-    /// Temperature of the first step
-    #[arg(long, value_name = "TAU", default_value_t = 5.0)]
-    tau_from: f64,
-    /// Temperature after the last step
-    #[arg(long, value_name = "TAU", default_value_t = 1.0)]
-    tau_to: f64,
+    /// Temperature of the first step [default: 5 (gumbel), 1 (reinmax)]
+    #[arg(long, value_name = "TAU")]
+    tau_from: Option<f64>,
+    /// Temperature after the last step [default: 1 (gumbel), 0.2 (reinmax)]
+    #[arg(long, value_name = "TAU")]
+    tau_to: Option<f64>,
+    /// How decisions are sampled and their gradients estimated
+    #[arg(long, value_enum, default_value_t = EstimatorArgument::Gumbel)]
+    estimator: EstimatorArgument,
+    /// Routers to begin with, in place of new ones: a safetensors file or a .pth
+    #[arg(long, value_name = "FILE")]
+    router: Option<PathBuf>,
     /// Initial bias towards keep; 0 is the published initialisation
-    #[arg(long, value_name = "BIAS", default_value_t = 0.0)]
+    #[arg(long, value_name = "BIAS", default_value_t = 0.0, conflicts_with = "router")]
     keep_bias: f64,
     /// Layers of a router: one, or two with a relu between
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "router",
+          value_parser = clap::value_parser!(u8).range(1..=2))]
     router_layers: u8,
     /// Width between the two [default: a quarter of the model's]
-    #[arg(long, value_name = "WIDTH")]
+    #[arg(long, value_name = "WIDTH", conflicts_with = "router")]
     router_width: Option<usize>,
     /// Also write router.pth
     #[arg(long)]
@@ -186,6 +193,14 @@ enum Preset {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EstimatorArgument {
+    /// Straight through the Gumbel-softmax, as published
+    Gumbel,
+    /// `ReinMax`, right to the second order; decisions too are drawn at the temperature
+    Reinmax,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum BaseDtype {
     F32,
     F16,
@@ -263,7 +278,7 @@ fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
     };
     let checkpoint = CheckpointArguments {
         model: Some(arguments.model.clone()),
-        router: None,
+        router: arguments.router.clone(),
         adapter: None,
         lora_alpha: None,
     };
@@ -275,6 +290,10 @@ fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
         (1, None) => None,
         (_, width) => Some(width.unwrap_or(checkpoint.model.config.hidden_size / 4)),
     };
+    let (estimator, tau) = match arguments.estimator {
+        EstimatorArgument::Gumbel => (Estimator::Gumbel, (5.0, 1.0)),
+        EstimatorArgument::Reinmax => (Estimator::ReinMax, (1.0, 0.2)),
+    };
     let from = arguments.skip_from;
     let stage = Stage::Router(Router {
         skip: Line {
@@ -283,7 +302,12 @@ fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
             share: if from.is_some() { arguments.skip_over } else { 0.0 },
         },
         alpha: arguments.alpha.unwrap_or(alpha),
-        tau: Line { from: arguments.tau_from, to: arguments.tau_to, share: 1.0 },
+        tau: Line {
+            from: arguments.tau_from.unwrap_or(tau.0),
+            to: arguments.tau_to.unwrap_or(tau.1),
+            share: 1.0,
+        },
+        estimator,
         keep_bias: arguments.keep_bias,
         width,
     });

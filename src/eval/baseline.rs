@@ -219,7 +219,7 @@ fn cosines(before: &Tensor, after: &Tensor) -> Candle<f64> {
 /// [`PruneError::Unsupported`] if they are not the model's, or every attention is among them.
 pub fn prune(model: &Model, removed: Vec<ModuleId>, unit: Unit) -> Result<Model, PruneError> {
     let mut pruned = dense(model)?;
-    let plan = Plan { removed, ..plan::build(&model.config, plan::Choices::default(), None)? };
+    let plan = Plan { removed, ..plan::build(model, plan::Choices::default(), None)? };
     prune_modules::prune(&mut pruned, &plan)
         .map_err(|source| PruneError::Unsupported { unit, source })?;
     Ok(pruned)
@@ -232,7 +232,7 @@ pub fn prune(model: &Model, removed: Vec<ModuleId>, unit: Unit) -> Result<Model,
 /// None for a valid model.
 pub fn dense(model: &Model) -> Result<Model, PruneError> {
     let always = model.routed_modules().collect();
-    let plan = Plan { always, ..plan::build(&model.config, plan::Choices::default(), None)? };
+    let plan = Plan { always, ..plan::build(model, plan::Choices::default(), None)? };
     let mut dense = model.clone();
     prune_modules::prune(&mut dense, &plan)
         .map_err(|source| PruneError::Unsupported { unit: Unit::Modules, source })?;

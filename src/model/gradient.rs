@@ -47,12 +47,49 @@ pub(crate) fn routed_add(x: &Tensor, module: &Tensor, keep: &Tensor) -> Result<T
     if takes(x) { add::routed_add(x, module, keep) } else { device::routed_add(x, module, keep) }
 }
 
-/// Margins `[rows]` to keep `[rows, 1]`, 0 or 1, with the gradient of the relaxation.
-pub(crate) fn straight_through(margins: &Tensor, noise: &Tensor, tau: f64) -> Result<Tensor> {
+/// How a decision is sampled, and how its gradient is estimated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Estimator {
+    /// Straight through the Gumbel-softmax at temperature `tau`, which is the gradient's alone.
+    StraightThrough {
+        /// The temperature.
+        tau: f64,
+    },
+    /// `ReinMax`, right to the second order; decisions are drawn at temperature `tau`.
+    ReinMax {
+        /// The temperature.
+        tau: f64,
+    },
+}
+
+impl Estimator {
+    /// The temperature.
+    pub(crate) const fn tau(self) -> f64 {
+        match self {
+            Self::StraightThrough { tau } | Self::ReinMax { tau } => tau,
+        }
+    }
+
+    /// What the noise is multiplied by before it is added to a margin.
+    const fn noise(self) -> f64 {
+        match self {
+            Self::StraightThrough { .. } => 1.0,
+            Self::ReinMax { tau } => tau,
+        }
+    }
+
+    /// The decision, 0 or 1, of a margin and its noise.
+    fn keep(self, margin: f32, noise: f32) -> f32 {
+        f32::from(u8::from(margin + self.noise() as f32 * noise >= 0.0))
+    }
+}
+
+/// Margins `[rows]` to keep `[rows, 1]`, 0 or 1, with the gradient of `estimator`.
+pub(crate) fn sampled(margins: &Tensor, noise: &Tensor, estimator: Estimator) -> Result<Tensor> {
     if takes(margins) {
-        keep::straight_through(margins, noise, tau)
+        keep::sampled(margins, noise, estimator)
     } else {
-        device::straight_through(margins, noise, tau)
+        device::sampled(margins, noise, estimator)
     }
 }
 

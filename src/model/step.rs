@@ -7,7 +7,7 @@ use ndarray::Axis;
 use skipgpt_passes::ir::ModuleId;
 
 use super::Options;
-use super::gradient::{self, Causal};
+use super::gradient::{self, Causal, Estimator};
 use super::ops::Kernels;
 use crate::decoder::{Input, Routing};
 use crate::rope;
@@ -47,11 +47,11 @@ pub(crate) enum Decide {
     Always,
 }
 
-/// The Gumbel-softmax of one step.
+/// How one step's decisions are sampled.
 #[derive(Debug, Clone)]
 pub(crate) struct Relaxation {
-    /// The temperature.
-    pub(crate) tau: f64,
+    /// Of their gradient.
+    pub(crate) estimator: Estimator,
     /// Differences of two Gumbel draws, `[rows]`, by module.
     pub(crate) noise: BTreeMap<ModuleId, Tensor>,
 }
@@ -135,7 +135,7 @@ impl Step {
         let Some(noise) = relaxation.noise.get(&id) else {
             bail!("{id}: no noise was drawn for it");
         };
-        gradient::straight_through(margins, noise, relaxation.tau).map(Some)
+        gradient::sampled(margins, noise, relaxation.estimator).map(Some)
     }
 
     /// From here on the modules of `routing`, `[modules, batch, sequence]`, keep what it keeps.

@@ -26,7 +26,7 @@ pub(super) fn lowered(
         ..Request::default()
     })?;
     let choices = Choices { rearrange: true, ..Choices::default() };
-    let plan = plan::build(&checkpoint.model.config, choices, None)?;
+    let plan = plan::build(&checkpoint.model, choices, None)?;
     let mut model = checkpoint.model;
     skipgpt_passes::run(PASSES, &mut model, &plan, |_, _| ())?;
     let attention = Attention::for_config(&model.config);

@@ -21,7 +21,7 @@ const OUTPUT: &str = "weight_predictor";
 /// With a bias the weights begin smaller by this factor, so that it decides.
 const BIASED_WEIGHTS: f32 = 0.1;
 
-/// A network with a new router for every module.
+/// A network with a router of its own for every module: the one it has, or a new one.
 ///
 /// The published initialisation is Kaiming's uniform of gain 1, `±√(3 / hidden)`, and no bias. A
 /// keep bias `b` scales the output's weights by a tenth and sets its biases to `b` and `−b`. A hidden
@@ -48,21 +48,11 @@ pub(super) fn routers(
                 device,
                 parameters: &mut parameters,
             };
-            let mut width = hidden;
-            let mut first = None;
-            if let Some(inner) = settings.width {
-                let bound = (6.0 / hidden as f64).sqrt();
-                let zeros = vec![0.0; inner];
-                first =
-                    Some(new.linear(HIDDEN, [inner, hidden], bound, 1.0, zeros).map_err(place)?);
-                width = inner;
-            }
-            let bias = settings.keep_bias as f32;
-            let scale = if bias == 0.0 { 1.0 } else { BIASED_WEIGHTS };
-            let bound = (3.0 / width as f64).sqrt();
-            let biases = vec![bias, 0.0 - bias];
-            let output = new.linear(OUTPUT, [2, width], bound, scale, biases).map_err(place)?;
-            let router = Router { hidden: first, output, decisions: 1 };
+            let router = match routing {
+                Routing::Routed { source: Source::Own { router, .. }, .. } => new.given(router),
+                _ => new.router(settings, hidden),
+            };
+            let router = router.map_err(place)?;
             let source = Source::Own { router, tap: Tap::LayerInput };
             *routing = Routing::Routed { source, dispatch: None };
         }
@@ -84,6 +74,43 @@ struct NewRouter<'a> {
 }
 
 impl NewRouter<'_> {
+    /// A router that begins as `settings` say.
+    fn router(
+        &mut self,
+        settings: &settings::Router,
+        hidden: usize,
+    ) -> candle_core::Result<Router> {
+        let mut width = hidden;
+        let mut first = None;
+        if let Some(inner) = settings.width {
+            let bound = (6.0 / hidden as f64).sqrt();
+            first = Some(self.linear(HIDDEN, [inner, hidden], bound, 1.0, vec![0.0; inner])?);
+            width = inner;
+        }
+        let bias = settings.keep_bias as f32;
+        let scale = if bias == 0.0 { 1.0 } else { BIASED_WEIGHTS };
+        let bound = (3.0 / width as f64).sqrt();
+        let output = self.linear(OUTPUT, [2, width], bound, scale, vec![bias, 0.0 - bias])?;
+        Ok(Router { hidden: first, output, decisions: 1 })
+    }
+
+    /// A router that begins as `router`.
+    fn given(&mut self, router: &Router) -> candle_core::Result<Router> {
+        let hidden = router.hidden.as_ref().map(|layer| self.copied(HIDDEN, layer)).transpose()?;
+        Ok(Router { hidden, output: self.copied(OUTPUT, &router.output)?, decisions: 1 })
+    }
+
+    /// The layer `part` with the values of `layer`, and a bias whether that has one or not.
+    fn copied(&mut self, part: &str, layer: &Linear) -> candle_core::Result<Linear> {
+        let (outer, inner) = layer.weight.dims2()?;
+        let biases = match &layer.bias {
+            Some(bias) => bias.to_vec1()?,
+            None => vec![0.0; outer],
+        };
+        let weights = Initial::Values(layer.weight.flatten_all()?.to_vec1()?);
+        self.parameters(part, [outer, inner], weights, biases)
+    }
+
     /// The layer `part`, `[out, in]`: weights uniform in `±bound`, times `scale`, and `biases`.
     fn linear(
         &mut self,
@@ -93,11 +120,24 @@ impl NewRouter<'_> {
         scale: f32,
         biases: Vec<f32>,
     ) -> candle_core::Result<Linear> {
+        let linear = self.parameters(part, shape, Initial::Uniform { bound }, biases)?;
+        if let [.., weight, _] = self.parameters.as_slice() {
+            weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
+        }
+        Ok(linear)
+    }
+
+    /// The layer `part`, `[out, in]`, of two parameters.
+    fn parameters(
+        &mut self,
+        part: &str,
+        shape: [usize; 2],
+        weights: Initial,
+        biases: Vec<f32>,
+    ) -> candle_core::Result<Linear> {
         let name = |of: &str| names::router(self.layer, self.kind, &format!("{part}.{of}"));
         let next = (self.seed, self.parameters.len());
-        let uniform = Initial::Uniform { bound };
-        let weight = Parameter::new(name("weight"), self.at, &shape, uniform, next, self.device)?;
-        weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
+        let weight = Parameter::new(name("weight"), self.at, &shape, weights, next, self.device)?;
         let biases = Initial::Values(biases);
         let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, next, self.device)?;
         let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };

@@ -17,7 +17,7 @@ use super::loss::{self, Loss};
 use super::on_device;
 use super::parameters::Parameter;
 use super::random::{self, Use};
-use crate::model::gradient::{hold, seed, widened};
+use crate::model::gradient::{Estimator, hold, seed, widened};
 use crate::model::layer::Decision;
 use crate::model::router::Routing;
 use crate::model::step::{Decide, Relaxation, Step};
@@ -45,19 +45,19 @@ impl Objective {
     /// How routers' scores become decisions.
     pub(super) fn decide(&self) -> Decide {
         match &self.sampling {
-            Some(sampling) => {
-                Decide::Sampled(Relaxation { tau: sampling.tau, noise: sampling.noise.clone() })
+            Some(Sampling { estimator, noise, .. }) => {
+                Decide::Sampled(Relaxation { estimator: *estimator, noise: noise.clone() })
             }
             None => Decide::Argmax,
         }
     }
 }
 
-/// The relaxation and the pull of one forward pass.
+/// How decisions are sampled in one forward pass, and the pull.
 #[derive(Debug, Clone)]
 pub(super) struct Sampling {
-    /// The temperature.
-    pub(super) tau: f64,
+    /// Of the decisions' gradients.
+    pub(super) estimator: Estimator,
     /// Differences of Gumbel draws, `[rows]`, by module.
     pub(super) noise: BTreeMap<ModuleId, Tensor>,
     /// The share of decisions that should keep.

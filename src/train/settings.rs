@@ -96,11 +96,25 @@ pub struct Router {
     pub alpha: f64,
     /// The temperature.
     pub tau: Line,
+    /// How decisions are sampled and their gradients estimated.
+    #[serde(default)]
+    pub estimator: Estimator,
     /// The initial bias towards keep; 0 is the published initialisation.
     pub keep_bias: f64,
     /// The width of a hidden layer; `None` for routers of one layer.
     #[serde(default)]
     pub width: Option<usize>,
+}
+
+/// How a decision is sampled and its gradient estimated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Estimator {
+    /// Straight through the Gumbel-softmax at temperature [`Router::tau`], as published.
+    #[default]
+    Gumbel,
+    /// `ReinMax`, right to the second order; decisions too are drawn at the temperature.
+    ReinMax,
 }
 
 /// LoRA tuning.

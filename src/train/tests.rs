@@ -11,10 +11,11 @@ use skipgpt_passes::validate::validate;
 use super::attach;
 use super::batch::{Batch, Totals};
 use super::network::{Network, Objective, Sampling};
-use super::settings::{Lora, Router, Target};
+use super::settings::{self, Lora, Router, Target};
 use crate::checkpoint::{self, Checkpoint};
 use crate::eval;
 use crate::model::dropout::Clock;
+use crate::model::gradient::Estimator;
 use crate::model::ops::Kernels;
 use crate::model::step::Decide;
 use crate::model::{Options, Parts, Reference};
@@ -52,7 +53,8 @@ pub(super) fn parts_as(router: bool, kernels: Kernels, dtype: DType) -> Parts {
 
 pub(super) fn router_settings() -> Router {
     let line = |value| Line { from: value, to: value, share: 0.0 };
-    Router { skip: line(0.25), alpha: 8.0, tau: line(2.0), keep_bias: 0.0, width: None }
+    let estimator = settings::Estimator::Gumbel;
+    Router { skip: line(0.25), alpha: 8.0, estimator, tau: line(2.0), keep_bias: 0.0, width: None }
 }
 
 fn lora_settings(dropout: f64) -> Lora {
@@ -170,7 +172,12 @@ pub(super) fn close(found: f64, expected: f32) {
 }
 
 pub(super) fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Objective {
-    let sampling = Sampling { tau: 2.0, noise: expected.noise(), target: 0.75, alpha: 8.0 };
+    let sampling = Sampling {
+        estimator: Estimator::StraightThrough { tau: 2.0 },
+        noise: expected.noise(),
+        target: 0.75,
+        alpha: 8.0,
+    };
     Objective { sampling: Some(sampling), distill, recompute }
 }
 
@@ -313,7 +320,12 @@ fn padding_changes_nothing() {
         for network in [&router, &lora] {
             let sampled = network.parameters.iter().any(|one| one.name.contains("router"));
             let objective = |noise: BTreeMap<ModuleId, Tensor>| Objective {
-                sampling: sampled.then_some(Sampling { tau: 2.0, noise, target: 0.2, alpha: 8.0 }),
+                sampling: sampled.then_some(Sampling {
+                    estimator: Estimator::StraightThrough { tau: 2.0 },
+                    noise,
+                    target: 0.2,
+                    alpha: 8.0,
+                }),
                 distill,
                 recompute: false,
             };

@@ -9,11 +9,12 @@ use super::data::{Order, Windows};
 use super::metrics::{Evaluation, Log, Metrics, Step};
 use super::network::{Network, Objective, Sampling};
 use super::optimizer::{self, AdamW};
-use super::settings::{Settings, Stage};
+use super::settings::{self, Settings, Stage};
 use super::share::Share;
 use super::state::Store;
 use super::{Error, Event, OnEvent, Outcome, Request, output};
 use crate::model::dropout::Clock;
+use crate::model::gradient::Estimator;
 use crate::model::step::Decide;
 use crate::world::World;
 
@@ -179,7 +180,7 @@ impl Trainer<'_> {
             prediction: sums.prediction,
             keep: sums.keep,
             target: sampling.map(|(_, target)| target),
-            tau: sampling.map(|(tau, _)| tau),
+            tau: sampling.map(|(estimator, _)| estimator.tau()),
             rate,
             gradient_norm: norm,
             tokens: self.tokens,
@@ -214,23 +215,28 @@ impl Trainer<'_> {
         (samples.end - samples.start) * self.settings.window as u64
     }
 
-    /// The temperature and the target share of keeps of the step to come, in router tuning.
-    fn sampling(&self) -> Option<(f64, f64)> {
+    /// How decisions are sampled in the step to come, and the target share of keeps; in router tuning.
+    fn sampling(&self) -> Option<(Estimator, f64)> {
         let Stage::Router(router) = &self.settings.stage else { return None };
         let at = |line: &super::schedule::Line| line.at(self.step, self.settings.steps);
-        Some((at(&router.tau), 1.0 - at(&router.skip)))
+        let tau = at(&router.tau);
+        let estimator = match router.estimator {
+            settings::Estimator::Gumbel => Estimator::StraightThrough { tau },
+            settings::Estimator::ReinMax => Estimator::ReinMax { tau },
+        };
+        Some((estimator, 1.0 - at(&router.skip)))
     }
 
     /// What `batch` is to be trained for, whose first token is `row` of pass `number`.
     fn objective(&self, number: u64, row: usize, batch: &Batch) -> Result<Objective, Error> {
         let sampling = match (&self.settings.stage, self.sampling()) {
-            (Stage::Router(router), Some((tau, target))) => {
+            (Stage::Router(router), Some((estimator, target))) => {
                 let rows = row..row + batch.rows();
                 let noise = self
                     .network
                     .noise(self.settings.seed, number, rows)
                     .map_err(|source| Error::Compute { what: "drawing noise", source })?;
-                Some(Sampling { tau, noise, target, alpha: router.alpha })
+                Some(Sampling { estimator, noise, target, alpha: router.alpha })
             }
             _ => None,
         };

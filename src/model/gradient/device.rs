@@ -11,8 +11,8 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, D, DType, Layout, Result, Shape, Storage, Tensor, bail,
 };
 
-use super::Causal;
 use super::known::{of_one, of_three};
+use super::{Causal, Estimator};
 
 /// Elements of the scores that are held at once.
 const SCORES: usize = if cfg!(test) { 1 << 10 } else { 1 << 27 };
@@ -95,13 +95,23 @@ pub(super) fn routed_add(x: &Tensor, module: &Tensor, keep: &Tensor) -> Result<T
     })
 }
 
-/// Margins `[rows]` to keep `[rows, 1]`, 0 or 1, with the gradient of `σ((m + n) / tau)`.
-pub(super) fn straight_through(margins: &Tensor, noise: &Tensor, tau: f64) -> Result<Tensor> {
-    let noisy = (margins.detach() + noise.detach())?;
-    let keep = noisy.ge(0.0)?.to_dtype(margins.dtype())?.unsqueeze(1)?;
-    of_one("device-straight-through", margins, &keep, move |gradient| {
-        let soft = candle_nn::ops::sigmoid(&(&noisy / tau)?)?;
-        let slope = ((&soft - soft.sqr()?)? / tau)?;
+/// As [`super::keep::sampled`].
+pub(super) fn sampled(margins: &Tensor, noise: &Tensor, estimator: Estimator) -> Result<Tensor> {
+    let noisy = (margins.detach() + (noise.detach() * estimator.noise())?)?;
+    let kept = noisy.ge(0.0)?.to_dtype(margins.dtype())?;
+    let keep = kept.unsqueeze(1)?;
+    let values = margins.detach();
+    of_one("device-sampled-keep", margins, &keep, move |gradient| {
+        let slope = match estimator {
+            Estimator::StraightThrough { tau } => {
+                let soft = candle_nn::ops::sigmoid(&(&noisy / tau)?)?;
+                ((&soft - soft.sqr()?)? / tau)?
+            }
+            Estimator::ReinMax { tau } => {
+                let share = candle_nn::ops::sigmoid(&(&values / tau)?)?;
+                ((&kept - share)?.abs()? / (2.0 * tau))?
+            }
+        };
         gradient.squeeze(1)? * slope
     })
 }

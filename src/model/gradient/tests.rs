@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::float_cmp, reason = "these values are exact")]
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::*;
 use crate::model::ops::Kernels;
@@ -141,7 +141,8 @@ fn routed_adds() {
 #[test]
 fn keeps_go_straight_through() {
     let (noise, tau) = (random(&[40]), 2.5);
-    let hard = |x: &[Tensor]| straight_through(&x[0], &noise, tau).unwrap();
+    let estimator = Estimator::StraightThrough { tau };
+    let hard = |x: &[Tensor]| sampled(&x[0], &noise, estimator).unwrap();
     let soft = |x: &[Tensor]| {
         let scaled = ((&x[0] + &noise).unwrap() / tau).unwrap();
         candle_nn::ops::sigmoid(&scaled).unwrap().reshape((40, 1)).unwrap()
@@ -156,6 +157,30 @@ fn keeps_go_straight_through() {
     let expected = gradients(&soft, &[margins], &weights);
     for (found, expected) in found[0].iter().zip(&expected[0]) {
         assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+    }
+}
+
+/// Of `loss = a · keep²` the ends have slopes 0 and 2a, and the expectation over decisions is exact
+/// all the same: `dp / dm · a`.
+#[test]
+fn rein_max_is_right_to_the_second_order() {
+    let margins = [-2.0_f32, -0.3, 0.0, 0.7, 3.0];
+    let (a, tau) = (1.5_f32, 0.6_f32);
+    let estimator = Estimator::ReinMax { tau: f64::from(tau) };
+    let of = |noise: f32| {
+        let noise = Tensor::full(noise, margins.len(), &Device::Cpu).unwrap();
+        let f = |x: &[Tensor]| {
+            let keep = sampled(&x[0], &noise, estimator).unwrap();
+            (keep.sqr().unwrap() * f64::from(a)).unwrap()
+        };
+        let ones = Tensor::ones((margins.len(), 1), DType::F32, &Device::Cpu).unwrap();
+        gradients(&f, &[Tensor::new(&margins, &Device::Cpu).unwrap()], &ones).remove(0)
+    };
+    for ((margin, kept), skipped) in margins.iter().zip(of(10.0)).zip(of(-10.0)) {
+        let p = 1.0 / (1.0 + (-margin / tau).exp());
+        let (found, expected) = (p * kept + (1.0 - p) * skipped, p * (1.0 - p) / tau * a);
+        assert!((found - expected).abs() < 1e-6, "{margin}: {found} {expected}");
+        assert!(skipped.abs() < 1e-6, "{margin}: {skipped}");
     }
 }
 

@@ -55,11 +55,13 @@ fn sums_of_routed_modules() {
 #[test]
 fn keeps() {
     let noise = random(&[40]);
-    agree(
-        &|x: &[Tensor]| straight_through(&x[0], &noise, 2.5).unwrap(),
-        &|x: &[Tensor]| slices::keep::straight_through(&x[0], &noise, 2.5).unwrap(),
-        &[random(&[40])],
-    );
+    for estimator in [Estimator::StraightThrough { tau: 2.5 }, Estimator::ReinMax { tau: 0.6 }] {
+        agree(
+            &|x: &[Tensor]| sampled(&x[0], &noise, estimator).unwrap(),
+            &|x: &[Tensor]| slices::keep::sampled(&x[0], &noise, estimator).unwrap(),
+            &[random(&[40])],
+        );
+    }
 }
 
 #[test]
