@@ -8,7 +8,6 @@ pub(crate) mod generate;
 pub(crate) mod golden;
 pub(crate) mod import;
 pub(crate) mod inspect;
-mod memory;
 pub(crate) mod precision;
 pub(crate) mod profile;
 pub(crate) mod ranks;

@@ -2,6 +2,8 @@
 //!
 //! 0: it holds. 1: it was measured and does not. 2: it could not be done.
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod allocator;
 mod cli;
 
 use std::process::ExitCode;

@@ -142,12 +142,14 @@ fn what_the_environment_names_is_not_passed_over() {
     assert_eq!(tried[1].how, How::Environment);
 }
 
-/// A stand-in for a Python interpreter that prints `answer`.
+/// A stand-in for a Python interpreter that prints `answer`. Another process writes it: what this one
+/// has open for writing, a test on another thread may hand to a child, and Linux starts no such file.
 fn python(folder: &Path, answer: &str) -> PathBuf {
-    use std::os::unix::fs::PermissionsExt;
     let path = folder.join("python");
-    fs::write(&path, format!("#!/bin/sh\necho '{answer}'\n")).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let text = format!("#!/bin/sh\necho '{answer}'\n");
+    let write = r#"printf %s "$1" > "$0" && chmod +x "$0""#;
+    let status = Command::new("sh").args(["-c", write]).arg(&path).arg(text).status();
+    assert!(status.unwrap().success());
     path
 }
 
