@@ -5,7 +5,7 @@
 //!
 //! - straight through the Gumbel-softmax: forward `keep = [m + n ≥ 0]`, backward
 //!   `dm = s · (1 − s) / tau · dkeep` with `s = σ((m + n) / tau)`;
-//! - ReinMax (arXiv 2304.08612): forward `keep = [m + tau · n ≥ 0]`, which is 1 with probability
+//! - `ReinMax` (arXiv 2304.08612): forward `keep = [m + tau · n ≥ 0]`, which is 1 with probability
 //!   `p = σ(m / tau)`, backward `dm = |keep − p| / (2 · tau) · dkeep`. In expectation that is
 //!   `dp / dm` times the mean of the loss's slopes at both ends, which is the loss's difference
 //!   between them to the second order.
