@@ -159,6 +159,18 @@ fn an_output_that_exists_is_kept() {
     assert_eq!(place.export("artifact", &["--force"]).0, 0);
 }
 
+/// The linker took jemalloc's `malloc`, and jemalloc found the settings.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[test]
+fn the_allocator_is_set_up() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+    let (code, _, told) = output(command.arg("--version").env("MALLOC_CONF", "stats_print:true"));
+    assert_eq!(code, 0, "{told}");
+    for setting in ["narenas: 1", "oversize_threshold: 0", "dirty_decay_ms: -1"] {
+        assert!(told.contains(&format!("opt.{setting}")), "{setting}: {told}");
+    }
+}
+
 #[test]
 fn a_missing_onnx_runtime_says_what_to_type() {
     let place = Place::new();

@@ -109,6 +109,24 @@ impl Place {
         assert!(!child.wait().unwrap().success(), "the run was over before it was killed");
         self.succeeds(stage, output, &[&more[..], &["--resume"]].concat());
     }
+
+    /// A run of `steps` steps that is killed and resumed, with `killed`, ends in the bytes of one that is
+    /// not, with `whole`.
+    #[track_caller]
+    fn ends_in_the_same_bytes(
+        &self,
+        stage: &str,
+        (killed, whole): (&[&str], &[&str]),
+        steps: &str,
+        result: &str,
+    ) {
+        self.kill_and_resume(stage, "killed", killed, steps);
+        let whole = [whole, &["--steps", steps, "--save-every", steps]].concat();
+        self.succeeds(stage, "whole", &whole);
+        let bytes = |output| self.bytes(output, &format!("{steps:0>6}"), result);
+        assert!(bytes("killed") == bytes("whole"));
+        assert_eq!(losses(&self.metrics("killed")), losses(&self.metrics("whole")));
+    }
 }
 
 /// Two windows of 32 tokens a pass, two passes a step.
@@ -127,12 +145,7 @@ fn killed_router_tuning_ends_in_the_same_bytes() {
     let new = ["--schedule", "cosine", "--skip-from", "0.1", "--seed", "5"];
     for more in [&new[..], &given] {
         let place = Place::new();
-        place.kill_and_resume("router", "killed", more, "400");
-        let whole = [more, &["--steps", "400", "--save-every", "400"]].concat();
-        place.succeeds("router", "whole", &whole);
-        let bytes = |output| place.bytes(output, "000400", "router.safetensors");
-        assert!(bytes("killed") == bytes("whole"));
-        assert_eq!(losses(&place.metrics("killed")), losses(&place.metrics("whole")));
+        place.ends_in_the_same_bytes("router", (more, more), "400", "router.safetensors");
     }
 }
 
@@ -171,13 +184,10 @@ fn routers_go_on_from_routers() {
 #[test]
 fn killed_lora_tuning_ends_in_the_same_bytes() {
     let place = Place::new();
-    let more = ["--rank", "4", "--seed", "5", "--recompute"];
-    place.kill_and_resume("lora", "killed", &more, "300");
-    let whole = ["--rank", "4", "--seed", "5", "--steps", "300", "--save-every", "300"];
-    place.succeeds("lora", "whole", &whole);
-    let bytes = |output| place.bytes(output, "000300", "adapter/adapter_model.safetensors");
-    assert!(bytes("killed") == bytes("whole"));
-    assert_eq!(losses(&place.metrics("killed")), losses(&place.metrics("whole")));
+    let whole = ["--rank", "4", "--seed", "5"];
+    let killed = [&whole[..], &["--recompute"]].concat();
+    let result = "adapter/adapter_model.safetensors";
+    place.ends_in_the_same_bytes("lora", (&killed, &whole), "300", result);
 }
 
 /// The two stages and the reader of their results; the pull towards the target works.
@@ -268,14 +278,7 @@ fn documents_that_stay_apart_are_padded() {
     let text = place.path("text.jsonl");
     fs::write(&text, lines).unwrap();
     let more = ["--text", text.to_str().unwrap(), "--text-field", "body", "--pad", "--seed", "5"];
-    place.kill_and_resume("router", "killed", &more, "200");
-    place.succeeds(
-        "router",
-        "whole",
-        &[&more[..], &["--steps", "200", "--save-every", "200"]].concat(),
-    );
-    let bytes = |output| place.bytes(output, "000200", "router.safetensors");
-    assert!(bytes("killed") == bytes("whole"));
+    place.ends_in_the_same_bytes("router", (&more, &more), "200", "router.safetensors");
     let [killed, whole] = ["killed", "whole"].map(|run| {
         let last = place.metrics(run).into_iter().rfind(|line| line["kind"] == "step").unwrap();
         last["tokens"].as_u64().unwrap()

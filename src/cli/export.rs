@@ -89,7 +89,8 @@ enum FormatArgument {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DispatchArgument {
-    /// The fastest measured: conditional, or masked where --profile says that skipping does not pay
+    /// The fastest measured: conditional, or masked where --profile says that skipping does not pay; for
+    /// cuda masked
     Auto,
     /// Everything is computed and multiplied by the decision
     Masked,

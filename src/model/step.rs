@@ -50,7 +50,7 @@ pub(crate) enum Decide {
 /// How one step's decisions are sampled.
 #[derive(Debug, Clone)]
 pub(crate) struct Relaxation {
-    /// Of their gradient.
+    /// How, and how their gradients are estimated.
     pub(crate) estimator: Estimator,
     /// Differences of two Gumbel draws, `[rows]`, by module.
     pub(crate) noise: BTreeMap<ModuleId, Tensor>,

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use skipgpt_passes::ir::{ModuleKind, Tap};
 
 use super::network::Network;
-use super::parameters::{Initial, Parameter};
+use super::parameters::{Parameter, uniform};
 use super::settings::{self, Target};
 use crate::checkpoint::names;
 use crate::model::attention::{Attention, KeyValue};
@@ -107,8 +107,7 @@ impl NewRouter<'_> {
             Some(bias) => bias.to_vec1()?,
             None => vec![0.0; outer],
         };
-        let weights = Initial::Values(layer.weight.flatten_all()?.to_vec1()?);
-        self.parameters(part, [outer, inner], weights, biases)
+        self.parameters(part, [outer, inner], layer.weight.flatten_all()?.to_vec1()?, biases)
     }
 
     /// The layer `part`, `[out, in]`: weights uniform in `±bound`, times `scale`, and `biases`.
@@ -120,11 +119,10 @@ impl NewRouter<'_> {
         scale: f32,
         biases: Vec<f32>,
     ) -> candle_core::Result<Linear> {
-        let linear = self.parameters(part, shape, Initial::Uniform { bound }, biases)?;
-        if let [.., weight, _] = self.parameters.as_slice() {
-            weight.set(weight.values()?.iter().map(|value| value * scale).collect())?;
-        }
-        Ok(linear)
+        let next = (self.seed, self.parameters.len());
+        let weights = uniform(next, bound, shape.iter().product());
+        let weights = weights.into_iter().map(|value| value * scale).collect();
+        self.parameters(part, shape, weights, biases)
     }
 
     /// The layer `part`, `[out, in]`, of two parameters.
@@ -132,14 +130,12 @@ impl NewRouter<'_> {
         &mut self,
         part: &str,
         shape: [usize; 2],
-        weights: Initial,
+        weights: Vec<f32>,
         biases: Vec<f32>,
     ) -> candle_core::Result<Linear> {
         let name = |of: &str| names::router(self.layer, self.kind, &format!("{part}.{of}"));
-        let next = (self.seed, self.parameters.len());
-        let weight = Parameter::new(name("weight"), self.at, &shape, weights, next, self.device)?;
-        let biases = Initial::Values(biases);
-        let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, next, self.device)?;
+        let weight = Parameter::new(name("weight"), self.at, &shape, weights, self.device)?;
+        let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, self.device)?;
         let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
         let linear = Linear { weight: tensor(&weight), bias: Some(tensor(&bias)), lora: None };
         self.parameters.extend([weight, bias]);
@@ -163,21 +159,15 @@ pub(super) fn adapters(
             let place = |source| Error::Compute { layer: Some(layer.index), source };
             let (outer, inner) = linear.weight.dims2().map_err(place)?;
             let path = names::layer(layer.index, target.path());
-            let next = |sides: usize| (seed, parameters.len() + sides);
+            let next = (seed, parameters.len());
             let bound = 1.0 / (inner as f64).sqrt();
-            let down = Parameter::new(
-                names::lora(&path, "lora_A"),
-                at,
-                &[settings.rank, inner],
-                Initial::Uniform { bound },
-                next(0),
-                device,
-            )
-            .map_err(place)?;
-            let zeros = Initial::Values(vec![0.0; outer * settings.rank]);
-            let name = names::lora(&path, "lora_B");
-            let shape = [outer, settings.rank];
-            let up = Parameter::new(name, at, &shape, zeros, next(1), device).map_err(place)?;
+            let new = |side: &str, shape: [usize; 2], values| {
+                Parameter::new(names::lora(&path, side), at, &shape, values, device).map_err(place)
+            };
+            let weights = uniform(next, bound, settings.rank * inner);
+            let down = new("lora_A", [settings.rank, inner], weights)?;
+            let zeros = vec![0.0; outer * settings.rank];
+            let up = new("lora_B", [outer, settings.rank], zeros)?;
             let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
             linear.lora = Some(linear::Lora {
                 down: tensor(&down),

@@ -56,7 +56,7 @@ impl Objective {
 /// How decisions are sampled in one forward pass, and the pull.
 #[derive(Debug, Clone)]
 pub(super) struct Sampling {
-    /// Of the decisions' gradients.
+    /// How, and how their gradients are estimated.
     pub(super) estimator: Estimator,
     /// Differences of Gumbel draws, `[rows]`, by module.
     pub(super) noise: BTreeMap<ModuleId, Tensor>,

@@ -1,7 +1,6 @@
 //! What is trained: its names, its values, and how it begins.
 
 use candle_core::{Device, Result, Tensor, Var};
-use rand_chacha::ChaCha8Rng;
 
 use super::random::{self, Use};
 use crate::model::gradient::hold;
@@ -17,35 +16,15 @@ pub(super) struct Parameter {
     pub(super) layer: usize,
 }
 
-/// How a parameter begins.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Initial {
-    /// These values.
-    Values(Vec<f32>),
-    /// Uniform in `-bound..bound`.
-    Uniform {
-        /// The bound.
-        bound: f64,
-    },
-}
-
 impl Parameter {
-    /// The `index`th parameter of a run of seed `seed`.
+    /// One that begins as `values`, row-major.
     pub(super) fn new(
         name: String,
         layer: usize,
         shape: &[usize],
-        initial: Initial,
-        (seed, index): (u64, usize),
+        values: Vec<f32>,
         device: &Device,
     ) -> Result<Self> {
-        let values = match initial {
-            Initial::Values(values) => values,
-            Initial::Uniform { bound } => {
-                let mut random = random::generator(seed, Use::Initial, index as u64, 0);
-                uniform(&mut random, bound, shape.iter().product())
-            }
-        };
         let var = Var::from_tensor(&Tensor::from_vec(values, shape, device)?)?;
         Ok(Self { name, var, layer })
     }
@@ -103,6 +82,9 @@ fn device(parameters: &[Parameter]) -> Option<Device> {
     (!device.is_cpu()).then(|| device.clone())
 }
 
-fn uniform(random: &mut ChaCha8Rng, bound: f64, count: usize) -> Vec<f32> {
-    (0..count).map(|_| ((2.0 * random::uniform(random) - 1.0) * bound) as f32).collect()
+/// What the `index`th parameter of a run of seed `seed` begins as: `count` values, uniform in
+/// `-bound..bound`.
+pub(super) fn uniform((seed, index): (u64, usize), bound: f64, count: usize) -> Vec<f32> {
+    let mut random = random::generator(seed, Use::Initial, index as u64, 0);
+    (0..count).map(|_| ((2.0 * random::uniform(&mut random) - 1.0) * bound) as f32).collect()
 }

@@ -6,12 +6,11 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::train::optimizer;
-use crate::train::parameters::Initial;
 
 fn state(value: f32) -> (Vec<Parameter>, AdamW) {
-    let initial = || Initial::Values(vec![value, value + 0.5]);
     let one = |name: &str, layer| {
-        Parameter::new(name.to_owned(), layer, &[2], initial(), (0, 0), &candle_core::Device::Cpu)
+        let values = vec![value, value + 0.5];
+        Parameter::new(name.to_owned(), layer, &[2], values, &candle_core::Device::Cpu)
     };
     let parameters = vec![one("a", 0).unwrap(), one("b", 1).unwrap()];
     let settings = optimizer::Settings { weight_decay: 0.0, clip: None };
