@@ -24,6 +24,7 @@ pub mod without;
 pub use lower::ROUTING;
 pub use probe::probe;
 pub use router::{RouterMargins, router_margins};
+pub(crate) use stream::every_token;
 
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::{Config, DType, Phase};

@@ -11,8 +11,8 @@ use skipgpt_passes::ir::DType;
 use crate::artifact::manifest::Router;
 use crate::artifact::{self, Artifact, names};
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
-use crate::onnx::graph::{Dim, Element, Value};
-use crate::onnx::proto;
+use crate::onnx::graph::{Element, Value};
+use crate::onnx::{self, proto};
 use crate::runtime::session::Provider;
 use crate::runtime::{self, OnnxDecoder, Placement, Runtime, Session, session};
 
@@ -42,8 +42,8 @@ pub enum Error {
     Margins {
         /// The value in the graph.
         value: String,
-        /// `[tokens, decisions]`.
-        expected: [usize; 2],
+        /// `[batch, sequence, decisions]`.
+        expected: [usize; 3],
         /// What came out.
         found: Vec<usize>,
     },
@@ -100,7 +100,7 @@ impl Watched {
             .map(|router| Value {
                 name: router.margins.clone(),
                 element: Element::Float(DType::F32),
-                shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(router.modules.len())],
+                shape: onnx::every_token(router.modules.len()),
             })
             .collect();
         let bytes = proto::with_outputs(model, &outputs)?;
@@ -132,19 +132,19 @@ impl Watched {
 
     fn routing(&self, input: &Input, found: &[ArrayD<f32>]) -> Result<Routing, Error> {
         let shape = (input.batch(), input.sequence());
-        let tokens = shape.0 * shape.1;
         let mut modules = Vec::new();
         let mut margins = Vec::new();
         for (router, found) in self.routers.iter().zip(found) {
-            let (value, expected) = (router.margins.clone(), [tokens, router.modules.len()]);
+            let (value, expected) =
+                (router.margins.clone(), [shape.0, shape.1, router.modules.len()]);
             if found.shape() != expected {
                 return Err(Error::Margins { value, expected, found: found.shape().to_vec() });
             }
             modules.extend(&router.modules);
-            found.axis_iter(Axis(1)).for_each(|column| margins.extend(column));
+            found.axis_iter(Axis(2)).for_each(|column| margins.extend(column));
         }
         let shape = (modules.len(), shape.0, shape.1);
-        // Every column above has `tokens` elements.
+        // Every column above has an element a token.
         let margins = Array3::from_shape_vec(shape, margins).unwrap_or_default();
         Ok(Routing { modules, margins })
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
-use ndarray::{Array2, s};
+use ndarray::{Array2, Array3, s};
 use serde_json::Value;
 use skipgpt_export::artifact::{self, Artifact};
 use skipgpt_export::bench::Draws;
@@ -83,11 +83,11 @@ impl Forced {
 
     /// Steps with `skips` asked for every module, row and new token.
     fn step(&mut self, input: &Input, skips: impl Fn(ModuleId, usize, usize) -> bool) -> Output {
-        let sequence = input.sequence();
+        let (rows, sequence) = input.ids.dim();
         for place in &self.inputs {
-            let shape = (input.ids.len(), place.modules.len());
-            let biases = Array2::from_shape_fn(shape, |(token, column)| {
-                let skips = skips(place.modules[column], token / sequence, token % sequence);
+            let shape = (rows, sequence, place.modules.len());
+            let biases = Array3::from_shape_fn(shape, |(row, token, column)| {
+                let skips = skips(place.modules[column], row, token);
                 if skips { f32::NEG_INFINITY } else { f32::INFINITY }
             });
             self.decoder.force(&place.name, &biases).unwrap();
@@ -254,11 +254,14 @@ fn biases_must_be_given_for_every_token() {
     let mut forced = Forced::open(&exports.routed("auto"));
     let [first, second] = inputs();
     let error = forced.decoder.step(&first).unwrap_err().to_string();
-    let expected = "the graph's forced.layers.0 takes biases for 12 tokens; it was given 0";
+    let expected = "the graph's forced.layers.0 takes biases for tokens [2, 6] [batch, sequence]; it was given those of [0, 0]";
     assert_eq!(error, expected);
     forced.step(&first, |_, _, _| false);
     let error = forced.decoder.step(&second).unwrap_err().to_string();
-    assert!(error.contains("for 2 tokens; it was given 12"), "{error}");
+    assert!(
+        error.contains("for tokens [2, 1] [batch, sequence]; it was given those of [2, 6]"),
+        "{error}"
+    );
 }
 
 /// A cache that was taken out and put back goes on as it would have.

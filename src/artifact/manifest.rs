@@ -27,7 +27,7 @@ pub use plan::{plan_to_json, read_plan};
 use spelling::{DTypeDef, auto_dispatch, dispatch, modules};
 
 /// The version of the manifest this build writes and reads.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Everything known about an artifact without reading its graph or weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

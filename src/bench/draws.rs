@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use ndarray::{Array2, Array3};
+use ndarray::Array3;
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
 use crate::decoder::{Input, Routing};
@@ -60,17 +60,17 @@ impl Draws {
     }
 }
 
-/// What a forced graph's input takes for `routing` to be its decisions: `[tokens, decisions]`.
-/// Modules that `routing` lacks keep every token.
-pub(super) fn biases(input: &force::Input, routing: &Routing) -> Array2<f32> {
+/// What a forced graph's input takes for `routing` to be its decisions: `[batch, sequence,
+/// decisions]`. Modules that `routing` lacks keep every token.
+pub(super) fn biases(input: &force::Input, routing: &Routing) -> Array3<f32> {
     let (_, rows, sequence) = routing.margins.dim();
     let places: Vec<Option<usize>> = input
         .modules
         .iter()
         .map(|module| routing.modules.iter().position(|other| other == module))
         .collect();
-    Array2::from_shape_fn((rows * sequence, places.len()), |(token, column)| {
-        let keeps = |m| routing.keeps(m, token / sequence, token % sequence);
+    Array3::from_shape_fn((rows, sequence, places.len()), |(b, s, column)| {
+        let keeps = |m| routing.keeps(m, b, s);
         if places[column].is_none_or(keeps) { f32::INFINITY } else { f32::NEG_INFINITY }
     })
 }
@@ -197,12 +197,12 @@ mod tests {
         let routing = draws(0.5).routing(&modules, &input);
         let first = force::Input { name: "forced.a".into(), modules: vec![modules[3], modules[0]] };
         let biases = biases(&first, &routing);
-        assert_eq!(biases.dim(), (6, 2));
-        for ((token, column), bias) in biases.indexed_iter() {
+        assert_eq!(biases.dim(), (2, 3, 2));
+        for ((b, s, column), bias) in biases.indexed_iter() {
             let m = [3, 0][column];
-            let keeps = routing.keeps(m, token / 3, token % 3);
-            assert_eq!(*bias >= 0.0, keeps, "{token}, {column}");
-            assert_eq!(!keeps, draws(0.5).skips(modules[m], token / 3, (token % 3) as i64));
+            let keeps = routing.keeps(m, b, s);
+            assert_eq!(*bias >= 0.0, keeps, "{b}, {s}, {column}");
+            assert_eq!(!keeps, draws(0.5).skips(modules[m], b, s as i64));
         }
         let unknown =
             force::Input { name: "forced.b".into(), modules: self::modules(3)[5..].to_vec() };

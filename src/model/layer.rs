@@ -10,7 +10,7 @@ use super::router::{Routing, Rows, Source};
 use super::step::{Decide, Step};
 
 /// An attention and an MLP module on a residual stream.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Layer {
     /// Its place in the checkpoint.
     pub index: usize,

@@ -14,7 +14,7 @@ use super::builder::{Builder, Name};
 use super::dispatch::{self, Rows};
 use super::graph::Dim;
 use super::router::Decision;
-use super::stream::Stream;
+use super::stream::{Stream, every_token};
 
 mod attend;
 mod core;
@@ -23,7 +23,7 @@ mod shared;
 
 pub(super) use shared::{Shared, preamble};
 
-use core::Cache;
+use core::{Cache, Forms, Seen};
 use heads::{Projected, heads_first};
 
 /// Where the module stands and what it may use.
@@ -84,37 +84,41 @@ impl Context<'_> {
         ["rows", "key", "value"].map(|part| format!("{}.{place}.{part}", self.name))
     }
 
-    /// The shapes of rows of `width` and of the caches.
-    fn shapes(&self, rows: Dim, width: usize) -> [Vec<Dim>; 3] {
+    /// The shape of the caches.
+    fn cache_shape(&self) -> Vec<Dim> {
         let Config { num_key_value_heads, head_dim, .. } = *self.config;
         let (heads, width_of_head) = (Dim::Fixed(num_key_value_heads), Dim::Fixed(head_dim));
         // The cached tokens, or more where the buffer is longer.
         let length = Dim::Open;
-        let cache = vec![Dim::Symbolic("batch"), heads, length, width_of_head];
-        [vec![rows, Dim::Fixed(width)], cache.clone(), cache]
+        vec![Dim::Symbolic("batch"), heads, length, width_of_head]
     }
 
-    /// A branch that gives rows of `width` and the caches, under `names`.
+    /// The shape of the context of kept tokens.
+    fn kept_shape(&self) -> Vec<Dim> {
+        vec![Dim::Fixed(1), Dim::Open, Dim::Fixed(self.query_width())]
+    }
+
+    /// A branch that gives rows of this shape and the caches, under `names`.
     fn branch(
         &self,
         b: &mut Builder,
         names: &WithCache,
-        (rows, width): (Dim, usize),
+        of_rows: Vec<Dim>,
         condition: &str,
         then: impl FnOnce(&mut Builder) -> WithCache,
         otherwise: impl FnOnce(&mut Builder) -> WithCache,
     ) -> WithCache {
-        let [of_rows, of_keys, of_values] = self.shapes(rows, width);
         let [rows, key, value] = names.each_ref().map(String::as_str);
-        let outputs = [(rows, of_rows), (key, of_keys), (value, of_values)];
+        let outputs = [(rows, of_rows), (key, self.cache_shape()), (value, self.cache_shape())];
         b.branch(&outputs, condition, then, otherwise)
     }
 
     /// Where nothing but elementary operators may be used: the cache first, then the kept rows.
     fn appended(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
         let [k, v] = self.keys_and_values(b, &self.name, normed);
-        let [k, v] = [("k", k), ("v", v)]
-            .map(|(part, x)| heads_first(b, &format!("{}.{part}", self.name), &x, self.groups()));
+        let [k, v] = [("k", k), ("v", v)].map(|(part, x)| {
+            heads_first(b, &format!("{}.{part}", self.name), &x, self.key_heads())
+        });
         let cache = self.append(b, &self.name, &k, &v, self.outputs(""));
         let output = format!("{}.output", self.name);
         let run = |b: &mut Builder, output: &str| {
@@ -140,16 +144,16 @@ impl Context<'_> {
     /// One token that is kept, which is told at once; else one that is not, or several.
     fn conditional(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
         let outputs = self.outputs(&format!("{}.output", self.name));
-        let rows = (Dim::Symbolic("tokens"), self.config.hidden_size);
+        let rows = || every_token(self.config.hidden_size);
         let otherwise = |b: &mut Builder| {
             let skip = |b: &mut Builder| self.one_skipped(b, x, normed);
             let several =
                 |b: &mut Builder| self.several(b, decision, x, normed, self.inner("several"));
             let one = dispatch::ONE_TOKEN;
-            self.branch(b, &self.inner("otherwise"), rows, one, skip, several)
+            self.branch(b, &self.inner("otherwise"), rows(), one, skip, several)
         };
         let run = |b: &mut Builder| self.one_kept(b, x, normed);
-        let [output, ..] = self.branch(b, &outputs, rows, decision.any(), run, otherwise);
+        let [output, ..] = self.branch(b, &outputs, rows(), decision.any(), run, otherwise);
         output
     }
 
@@ -158,7 +162,7 @@ impl Context<'_> {
         let place = format!("{}.one.kept", self.name);
         let names = ["context", "key", "value"].map(|part| format!("{place}.{part}"));
         let projected = self.project_all(b, &place, normed);
-        let [context, key, value] = self.grouped(b, &place, &projected, &names);
+        let [context, key, value] = self.grouped(b, &projected, Seen::Told, &names);
         let change = b.linear(&format!("{place}.o"), &context, &self.attention.o, b.dtype);
         [b.op(&format!("{place}.output"), "Add", &[x, &change]), key, value]
     }
@@ -184,27 +188,32 @@ impl Context<'_> {
         let [k, v] = self.keys_and_values(b, &place, normed);
         let rows = Rows::of(b, decision, &self.name);
         let q = self.kept_queries(b, &rows, normed);
-        let step = |b: &mut Builder| {
-            let place = format!("{place}.step");
-            let names = ["context", "key", "value"].map(|part| format!("{place}.{part}"));
+        let conditional = decision.dispatch == Dispatch::Conditional;
+        let inside =
+            |form: &str| ["context", "key", "value"].map(|part| format!("{place}.{form}.{part}"));
+        let joint = |b: &mut Builder, form: &str, seen| {
+            let place = format!("{place}.{form}");
+            if conditional && matches!(seen, Seen::Before) {
+                let projected = Projected::Apart([q.clone(), k.clone(), v.clone()]);
+                return self.grouped(b, &projected, seen, &inside(form));
+            }
             let q = rows.scatter(b, &format!("{place}.q"), self.zero_queries(), &q);
             let projected = Projected::Apart([q, k.clone(), v.clone()]);
-            let [context, key, value] = self.grouped(b, &place, &projected, &names);
+            let [context, key, value] = self.grouped(b, &projected, seen, &inside(form));
             [rows.gather(b, &format!("{place}.context.rows"), &context), key, value]
         };
         let chunk = |b: &mut Builder| {
             let place = format!("{place}.chunk");
-            let names = ["", "key", "value"].map(|part| format!("{place}.{part}"));
-            let k = heads_first(b, &format!("{place}.k"), &k, self.groups());
-            let v = heads_first(b, &format!("{place}.v"), &v, self.groups());
+            let names = inside("chunk");
+            let k = heads_first(b, &format!("{place}.k"), &k, self.key_heads());
+            let v = heads_first(b, &format!("{place}.v"), &v, self.key_heads());
             let cache = self.append(b, &place, &k, &v, names);
-            let context = if decision.dispatch == Dispatch::Conditional {
+            let context = if conditional {
                 let run = |b: &mut Builder| [self.kept_core(b, &rows, &q, &cache)];
                 let skip = |b: &mut Builder| [b.op(&format!("{place}.none"), "Identity", &[&q])];
-                let [shape, ..] = self.shapes(Dim::Open, self.query_width());
                 let name = format!("{place}.context");
                 let any = rows.any(b, &place);
-                let [context] = b.branch(&[(&name, shape)], &any, run, skip);
+                let [context] = b.branch(&[(&name, self.kept_shape())], &any, run, skip);
                 context
             } else {
                 let context = self.core_in_place(b, &place, &rows, &q, &cache);
@@ -214,10 +223,19 @@ impl Context<'_> {
             [context, key, value]
         };
         let context = format!("{}.context.kept", self.name);
-        let kept = (Dim::Open, self.query_width());
-        let by_group = self.shared.grouped.as_ref().map_or("", |g| g.takes_some(decision.dispatch));
-        let [context, key, value] =
-            self.branch(b, &[context, key, value], kept, by_group, step, chunk);
+        let grouped = self.shared.grouped.as_ref();
+        let mut whole = grouped.and_then(|grouped| grouped.whole.clone());
+        if conditional {
+            // A sequence that skips some goes without their queries.
+            whole = whole.map(|whole| rows.all(b, &self.name, &whole));
+        }
+        let forms = Forms {
+            single: grouped.map_or("", |grouped| &grouped.single),
+            whole: whole.as_deref(),
+            names: [&[context, key, value], &inside("several")],
+            shape: self.kept_shape(),
+        };
+        let [context, key, value] = self.by_form(b, forms, joint, chunk);
         [self.add_output(b, &rows, x, &context, &output), key, value]
     }
 

@@ -89,28 +89,26 @@ impl Builder {
         });
     }
 
-    /// Equal parts of `value` along `axis`, under the names given.
+    /// Equal parts of `value` along its last axis, under the names given.
     pub(super) fn split<const N: usize>(
         &mut self,
         name: &str,
         value: &str,
-        axis: i64,
         parts: [&str; N],
     ) -> [Name; N] {
         let outputs = parts.map(|part| format!("{name}.{part}"));
         let names: Vec<&str> = outputs.iter().map(String::as_str).collect();
         let attributes =
-            vec![("axis", Attribute::Int(axis)), ("num_outputs", Attribute::Int(N as i64))];
+            vec![("axis", Attribute::Int(-1)), ("num_outputs", Attribute::Int(N as i64))];
         self.node(&format!("{name}.split"), "", "Split", &[value], &names, attributes);
         outputs
     }
 
-    /// Parts of `value` along `axis`, of the sizes and under the names given.
+    /// Parts of `value` along its last axis, of the sizes and under the names given.
     pub(super) fn split_sizes<const N: usize>(
         &mut self,
         name: &str,
         value: &str,
-        axis: i64,
         parts: [(&str, usize); N],
     ) -> [Name; N] {
         let sizes = parts.map(|(_, size)| size as i64);
@@ -118,7 +116,7 @@ impl Builder {
         let sizes = self.ints(&format!("shapes.split.{spelled}"), &sizes);
         let outputs = parts.map(|(part, _)| format!("{name}.{part}"));
         let names: Vec<&str> = outputs.iter().map(String::as_str).collect();
-        let axis = vec![("axis", Attribute::Int(axis))];
+        let axis = vec![("axis", Attribute::Int(-1))];
         self.node(&format!("{name}.split"), "", "Split", &[value, &sizes], &names, axis);
         outputs
     }
@@ -159,9 +157,11 @@ impl Builder {
         let nodes = std::mem::replace(&mut self.nodes, outer.0);
         let mut initializers = std::mem::replace(&mut self.weights, outer.1);
         // ONNX Runtime packs a branch's weights from the graph around it, and frees what it packed; from
-        // two graphs further out it does not pack, and in the branch itself it keeps both.
+        // two graphs further out it does not pack, and in the branch itself it keeps both. But before 1.29 it
+        // packs codes from the graph around wrongly where activations are rounded to 8 bits.
         if self.depth == 0 {
-            self.weights.append(&mut initializers);
+            let plain = |weight: &Initializer| !matches!(weight.data, Data::Quantized(_));
+            self.weights.extend(initializers.extract_if(.., |weight| plain(weight)));
         }
         let element = Element::Float(self.dtype);
         let outputs = outputs.into_iter().zip(shapes);
@@ -227,27 +227,36 @@ impl Builder {
         self.weights.push(initializer);
     }
 
-    /// `x · Wᵀ + bias` for `x` `[tokens, in]`: `[tokens, out]`. The weight keeps the checkpoint's
-    /// `[out, in]`, which `Gemm` takes as it is. A weight in few bits has an operator of its own.
+    /// `x · Wᵀ + bias` for `x` `[…, in]`: `[…, out]`.
     pub(super) fn linear(&mut self, name: &str, x: &str, linear: &Linear, dtype: DType) -> Name {
-        if let Some(weight) = quantized(&linear.weight) {
-            let Some(bias) = &linear.bias else {
-                return self.matmul_bits(name, x, weight, dtype);
-            };
-            let product = self.matmul_bits(&format!("{name}.product"), x, weight, dtype);
-            let bias = self.weight_as(&format!("{name}.bias"), bias, dtype);
-            return self.op(name, "Add", &[&product, &bias]);
-        }
-        let weight = self.weight_as(&format!("{name}.weight"), &linear.weight, dtype);
-        let bias =
-            linear.bias.as_ref().map(|bias| self.weight_as(&format!("{name}.bias"), bias, dtype));
-        self.gemm(name, x, &weight, bias.as_deref())
+        let Linear { weight, bias, .. } = linear;
+        let Some(bias) = bias else { return self.product(name, name, x, weight, dtype) };
+        let product = self.product(&format!("{name}.product"), name, x, weight, dtype);
+        let bias = self.weight_as(&format!("{name}.bias"), bias, dtype);
+        self.op(name, "Add", &[&product, &bias])
     }
 
-    /// `x · Wᵀ + bias` for a weight `[out, in]` that is already in the graph.
-    pub(super) fn gemm(&mut self, name: &str, x: &str, weight: &str, bias: Option<&str>) -> Name {
-        let inputs: Vec<&str> = [x, weight].into_iter().chain(bias).collect();
-        self.op_with(name, "Gemm", &inputs, vec![("transB", Attribute::Int(1))])
+    /// `x · Wᵀ` for `x` `[…, in]`, called `output`; `name` is that of the weight. A weight in few bits
+    /// has an operator of its own.
+    pub(super) fn product(
+        &mut self,
+        output: &str,
+        name: &str,
+        x: &str,
+        weight: &Weight,
+        dtype: DType,
+    ) -> Name {
+        if let Some(weight) = quantized(weight) {
+            return self.matmul_bits(output, name, x, weight, dtype);
+        }
+        let weight = self.weight_as(&format!("{name}.weight"), weight, dtype);
+        self.matmul(output, x, &weight)
+    }
+
+    /// `x · Wᵀ` for `x` `[…, in]` and a weight that is already in the graph. It keeps the checkpoint's
+    /// `[out, in]`.
+    pub(super) fn matmul(&mut self, name: &str, x: &str, weight: &str) -> Name {
+        self.microsoft(name, "FusedMatMul", &[x, weight], vec![("transB", Attribute::Int(1))])
     }
 
     /// `x / √(mean(x²) + eps) · scale` over the last dimension, in `f32` whatever the model's dtype.

@@ -6,21 +6,24 @@ use skipgpt_passes::ir::{DType, Dispatch, Routing};
 use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element};
 use super::router::Decision;
-use super::stream::Stream;
+use super::stream::{Stream, every_token};
 
-/// The number of every row, `[tokens, 1]`.
-const ROW_NUMBERS: &str = "dispatch.rows";
+/// The place of every token, its row and its column, `[1, tokens, 2]`.
+const PLACES: &str = "dispatch.places";
+
+/// How many numbers these are.
+const PLACES_COUNT: &str = "dispatch.places.count";
 
 /// Whether there is one new token altogether, one element; present if a conditional MLP asks, or a conditional attention
 /// module in grouped form.
 pub(super) const ONE_TOKEN: &str = "step.one_token";
 
-/// The rows a decision keeps.
+/// The tokens a decision keeps.
 pub(super) struct Rows {
     /// Whether each token is kept, `[tokens]`.
     keep: Name,
-    /// The kept rows' numbers, `[kept, 1]`.
-    indices: Name,
+    /// The kept tokens' places, `[1, kept, 2]`.
+    places: Name,
 }
 
 /// Whether a module with this routing gathers rows.
@@ -43,10 +46,15 @@ impl Decision {
     }
 }
 
-/// What modules that gather share: the rows' numbers, from `range`, `[tokens]`.
-pub(super) fn row_numbers(b: &mut Builder, range: &str) {
-    let column = b.ints("shapes.column", &[-1, 1]);
-    b.op(ROW_NUMBERS, "Reshape", &[range, &column]);
+/// What modules that gather share: the places of tokens that lie in `shape`, `[batch, sequence]`.
+pub(super) fn places(b: &mut Builder, shape: &str) {
+    let one = b.int("constants.one", 1);
+    let every = b.op("dispatch.tokens", "Expand", &[&one, shape]);
+    let both = b.op("dispatch.coordinates", "NonZero", &[&every]);
+    let pairs = b.op("dispatch.pairs", "Transpose", &[&both]);
+    let first = b.ints("constants.first_axis", &[0]);
+    b.op(PLACES, "Unsqueeze", &[&pairs, &first]);
+    b.op(PLACES_COUNT, "Size", &[PLACES]);
 }
 
 /// The stream after a module that computed `change` for every row.
@@ -67,7 +75,8 @@ pub(super) fn whole(
     Stream::Pending { x, change, sum: format!("{name}.output") }
 }
 
-/// The stream after a module that computes its change, `[kept, width]`, of the kept rows of `x` `[tokens, width]`.
+/// The stream after a module that computes its change, `[1, kept, width]`, of the kept rows of `x` `[batch,
+/// sequence, width]`.
 pub(super) fn kept_rows(
     b: &mut Builder,
     decision: &Decision,
@@ -97,13 +106,13 @@ fn one_or_several(
     kept: &str,
     change: impl FnOnce(&mut Builder, &str) -> Name,
 ) -> Name {
-    let shape = |rows| vec![rows, Dim::Fixed(width)];
     let one = |b: &mut Builder| [b.op(&format!("{kept}.one"), "Identity", &[x])];
     let several = |b: &mut Builder| {
         let rows = Rows::of(b, decision, kept);
         [rows.gather(b, &format!("{kept}.several"), x)]
     };
-    let [rows] = b.branch(&[(kept, shape(Dim::Open))], ONE_TOKEN, one, several);
+    let some = vec![Dim::Fixed(1), Dim::Open, Dim::Fixed(width)];
+    let [rows] = b.branch(&[(kept, some)], ONE_TOKEN, one, several);
     let change = change(b, &rows);
     let sum = format!("{}.sum", decision.place);
     let one = |b: &mut Builder| [b.op(&format!("{sum}.one"), "Add", &[x, &change])];
@@ -111,11 +120,11 @@ fn one_or_several(
         let rows = Rows::of(b, decision, &sum);
         [rows.add(b, &format!("{sum}.several"), x, &change)]
     };
-    let [sum] = b.branch(&[(&*sum, shape(Dim::Symbolic("tokens")))], ONE_TOKEN, one, several);
+    let [sum] = b.branch(&[(&*sum, every_token(width))], ONE_TOKEN, one, several);
     sum
 }
 
-/// `run` if any token is kept, else `x` `[tokens, width]`, under the name `output`.
+/// `run` if any token is kept, else `x` `[batch, sequence, width]`, under the name `output`.
 pub(super) fn if_any(
     b: &mut Builder,
     decision: &Decision,
@@ -124,27 +133,33 @@ pub(super) fn if_any(
     x: &str,
     run: impl FnOnce(&mut Builder) -> Name,
 ) -> Name {
-    let shape = vec![Dim::Symbolic("tokens"), Dim::Fixed(width)];
     let skipped = format!("{}.skipped", decision.place);
     let run = |b: &mut Builder| [run(b)];
     let skip = |b: &mut Builder| [b.op(&skipped, "Identity", &[x])];
-    let [output] = b.branch(&[(output, shape)], decision.any(), run, skip);
+    let [output] = b.branch(&[(output, every_token(width))], decision.any(), run, skip);
     output
 }
 
 impl Rows {
-    /// The rows that `decision` keeps, their values named after `place`.
-    pub(super) fn of(b: &mut Builder, decision: &Decision, place: &str) -> Self {
-        let keep = decision.vector(b, place);
-        let axis = vec![("axis", Attribute::Int(0))];
-        let indices = b.op_with(&format!("{place}.kept"), "Compress", &[ROW_NUMBERS, &keep], axis);
-        Self { keep, indices }
+    /// The tokens that `decision` keeps, their values named after `name`.
+    pub(super) fn of(b: &mut Builder, decision: &Decision, name: &str) -> Self {
+        let keep = decision.vector(b, name);
+        let axis = vec![("axis", Attribute::Int(1))];
+        let places = b.op_with(&format!("{name}.kept"), "Compress", &[PLACES, &keep], axis);
+        Self { keep, places }
     }
 
     /// Whether there is one at all.
     pub(super) fn any(&self, b: &mut Builder, place: &str) -> Name {
-        let count = b.op(&format!("{place}.count"), "Size", &[&self.indices]);
+        let count = b.op(&format!("{place}.count"), "Size", &[&self.places]);
         b.cast_to(&format!("{place}.any"), &count, Element::Bool)
+    }
+
+    /// Whether these are all tokens, and `besides`.
+    pub(super) fn all(&self, b: &mut Builder, place: &str, besides: &str) -> Name {
+        let count = b.op(&format!("{place}.kept.count"), "Size", &[&self.places]);
+        let all = b.op(&format!("{place}.all"), "Equal", &[&count, PLACES_COUNT]);
+        b.op(&format!("{place}.all.besides"), "And", &[&all, besides])
     }
 
     /// Whether each token is kept, `[tokens]`.
@@ -152,26 +167,21 @@ impl Rows {
         &self.keep
     }
 
-    /// The kept rows' numbers, `[kept, 1]`.
-    pub(super) fn numbers(&self) -> &str {
-        &self.indices
-    }
-
-    /// The kept rows of `x` `[tokens, width]`: `[kept, width]`.
+    /// What `x` `[batch, sequence, …]` has for the kept tokens: `[1, kept, …]`.
     pub(super) fn gather(&self, b: &mut Builder, name: &str, x: &str) -> Name {
-        b.op_with(name, "Compress", &[x, &self.keep], vec![("axis", Attribute::Int(0))])
+        b.op(name, "GatherND", &[x, &self.places])
     }
 
-    /// `x` `[tokens, width]` with the kept rows replaced by `rows` `[kept, width]`.
+    /// `x` `[batch, sequence, width]` with the kept rows replaced by `rows` `[1, kept, width]`.
     pub(super) fn scatter(&self, b: &mut Builder, name: &str, x: &str, rows: &str) -> Name {
-        b.op(name, "ScatterND", &[x, &self.indices, rows])
+        b.op(name, "ScatterND", &[x, &self.places, rows])
     }
 
-    /// `x` `[tokens, width]` with `change` `[kept, width]` added to the kept rows.
+    /// `x` `[batch, sequence, width]` with `change` `[1, kept, width]` added to the kept rows.
     pub(super) fn add(&self, b: &mut Builder, name: &str, x: &str, change: &str) -> Name {
         if b.dtype == DType::F32 {
             let add = vec![("reduction", Attribute::Text("add"))];
-            return b.op_with(name, "ScatterND", &[x, &self.indices, change], add);
+            return b.op_with(name, "ScatterND", &[x, &self.places, change], add);
         }
         // ONNX Runtime's CPU kernel adds no half-precision numbers.
         let kept = self.gather(b, &format!("{name}.residual"), x);

@@ -1,24 +1,26 @@
 //! Decisions from outside: a router's bias becomes an input of the graph.
 //!
 //! ```text
-//! - margins = Gemm(x, routers, bias)
-//! + margins = Gemm(x, routers, forced.layers.3)
+//! - margins = Add(product, bias)
+//! + margins = Add(product, forced.layers.3)
 //! ```
 //!
 //! Infinity keeps a token, negative infinity skips it. No node is added or taken away: the routers
-//! are computed as before, and the time of a step is that of an artifact whose routers decide so.
+//! are computed as before, and the time of a step is that of an artifact whose routers decide so. Only a router
+//! without a bias gets a node more, to add one.
 
-use onnx_protobuf::{GraphProto, Message, ModelProto, NodeProto};
+use onnx_protobuf::{Message, ModelProto, NodeProto};
 use skipgpt_passes::ir::{DType, ModuleId};
 
 use super::RouterMargins;
-use super::graph::{Dim, Element, Value};
+use super::graph::{Element, Value};
 use super::proto::{self, serialise, value_proto};
+use super::stream::every_token;
 
 /// How the names of these inputs begin.
 pub const PREFIX: &str = "forced.";
 
-/// An input that stands in for a router's bias: `f32` `[tokens, modules]`.
+/// An input that stands in for a router's bias: `f32` `[batch, sequence, modules]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Input {
     /// Its name.
@@ -55,25 +57,34 @@ pub fn with_forced(
     for RouterMargins { value, modules } in routers {
         let place = value.strip_suffix(".router.margins").unwrap_or(value);
         let input = Input { name: format!("{PREFIX}{place}"), modules: modules.clone() };
-        let product = product(graph, value).ok_or_else(|| Error::NoRouter(value.clone()))?;
-        let bias = product.input.get(2).cloned();
-        product.input.truncate(2);
-        product.input.push(input.name.clone());
-        graph.initializer.retain(|tensor| Some(&tensor.name) != bias.as_ref());
+        let at = graph.node.iter().position(|node| node.output.first() == Some(value));
+        let at = at.ok_or_else(|| Error::NoRouter(value.clone()))?;
+        let node = &mut graph.node[at];
+        match (node.op_type.as_str(), node.input.len()) {
+            ("Add", 2) => {
+                let bias = std::mem::replace(&mut node.input[1], input.name.clone());
+                graph.initializer.retain(|tensor| tensor.name != bias);
+            }
+            ("FusedMatMul", 2) => {
+                let product = format!("{value}.product");
+                node.output = vec![product.clone()];
+                let sum = NodeProto {
+                    name: format!("/{value}.sum"),
+                    op_type: "Add".to_owned(),
+                    input: vec![product, input.name.clone()],
+                    output: vec![value.clone()],
+                    ..Default::default()
+                };
+                graph.node.insert(at + 1, sum);
+            }
+            _ => return Err(Error::NoRouter(value.clone())),
+        }
         graph.input.push(value_proto(&Value {
             name: input.name.clone(),
             element: Element::Float(DType::F32),
-            shape: vec![Dim::Symbolic("tokens"), Dim::Fixed(modules.len())],
+            shape: every_token(modules.len()),
         }));
         inputs.push(input);
     }
     Ok((serialise(&model)?, inputs))
-}
-
-/// The node that computes `margins`.
-fn product<'a>(graph: &'a mut GraphProto, margins: &str) -> Option<&'a mut NodeProto> {
-    let computes = |node: &&mut NodeProto| {
-        node.op_type == "Gemm" && node.input.len() >= 2 && node.output.iter().any(|o| o == margins)
-    };
-    graph.node.iter_mut().find(computes)
 }

@@ -1,7 +1,7 @@
 //! The whole model as an ONNX graph: inputs, what every layer shares, the layers, the head.
 //!
-//! The hidden state is `[tokens, hidden]`, `tokens = batch · sequence`, so that `Gemm` takes it as
-//! it is and rows can be gathered and scattered.
+//! The hidden state is `[batch, sequence, hidden]` from the embedding to the logits, which is what attention
+//! takes: nothing is reshaped on the way.
 
 use skipgpt_passes::ir::{DType, Layer, Model, ModuleId, ModuleKind, Routing};
 
@@ -23,29 +23,20 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let mut b = Builder::new(options.dtype);
     let embedding = embedding_rows(&mut b, model);
     let shared = attention::preamble(&mut b, model, options.attention == Attention::Grouped);
-    let embedded = embed(&mut b, model, embedding.as_deref());
-    let flat = b.ints("shapes.hidden", &[-1, config.hidden_size as i64]);
-    let mut stream = Stream::Value(b.op("layers.input", "Reshape", &[&embedded, &flat]));
+    let mut stream = Stream::Value(embed(&mut b, model, embedding.as_deref()));
 
     for layer in &model.layers {
         stream = lower_layer(&mut b, &shared, model, layer, stream);
     }
 
+    let mut positions = SEQUENCE;
     if options.logits == Logits::Last {
-        let last = shared.last_rows(&mut b);
+        let last = shared.last_columns(&mut b);
         stream = stream.gathered(&mut b, "last", &last);
+        positions = Dim::Fixed(1);
     }
     let (normed, _) = stream.norm(&mut b, "norm", &model.norm, config.rms_norm_eps);
-    let (x, positions) = match options.logits {
-        Logits::All => {
-            (b.op("head.input", "Reshape", &[&normed, &shared.batch_sequence]), SEQUENCE)
-        }
-        Logits::Last => {
-            let position = b.ints("constants.position_axis", &[1]);
-            (b.op("head.input", "Unsqueeze", &[&normed, &position]), Dim::Fixed(1))
-        }
-    };
-    logits(&mut b, model, embedding.as_deref(), &x);
+    logits(&mut b, model, embedding.as_deref(), &normed);
     let mut outputs = vec![Value {
         name: "logits".into(),
         element: Element::Float(DType::F32),
@@ -105,18 +96,17 @@ fn embed(b: &mut Builder, model: &Model, rows: Option<&str>) -> Name {
 }
 
 /// The output `logits`, `[batch, positions, vocab]` in `f32`, of the normed stream `x` `[batch, positions,
-/// hidden]`. The weight is the embedding itself where they are tied. The product has the output's shape: to
-/// reshape it would copy what may be the largest tensor of a prefill.
+/// hidden]`. The weight is the embedding itself where they are tied.
 fn logits(b: &mut Builder, model: &Model, embedding: Option<&str>, x: &str) {
     let head = &model.head;
     let last = head.bias.is_none() && b.dtype == DType::F32;
     let name = if last { "logits" } else { "head" };
     let mut scores = if let Some(weight) = quantized(&head.weight) {
-        b.matmul_bits_as(name, "head", x, weight, b.dtype)
+        b.matmul_bits(name, "head", x, weight, b.dtype)
     } else {
         let tied = embedding.filter(|_| head.weight == model.embedding).map(str::to_owned);
         let weight = tied.unwrap_or_else(|| b.weight("head.weight", &head.weight));
-        b.microsoft(name, "FusedMatMul", &[x, &weight], vec![("transB", Attribute::Int(1))])
+        b.matmul(name, x, &weight)
     };
     if let Some(bias) = &head.bias {
         let bias = b.weight("head.bias", bias);
@@ -168,14 +158,11 @@ fn lower_layer(
 /// All margins as one output, `[modules, batch, sequence]`: what was compared with 0.
 fn emit_routing(b: &mut Builder, routers: &[RouterMargins]) -> Value {
     let columns: Vec<&str> = routers.iter().map(|router| router.value.as_str()).collect();
-    let axis = vec![("axis", Attribute::Int(1))];
+    let axis = vec![("axis", Attribute::Int(2))];
     let all = b.op_with("routing.columns", "Concat", &columns, axis);
-    let all = b.op("routing.rows", "Transpose", &[&all]);
+    let modules_first = vec![("perm", Attribute::Ints(vec![2, 0, 1]))];
+    b.op_with(ROUTING, "Transpose", &[&all], modules_first);
     let modules = routers.iter().map(|router| router.modules.len()).sum();
-    let count = b.ints("routing.modules", &[modules as i64]);
-    let axis = vec![("axis", Attribute::Int(0))];
-    let shape = b.op_with("routing.shape", "Concat", &[&count, "shapes.ids"], axis);
-    b.op(ROUTING, "Reshape", &[&all, &shape]);
     Value {
         name: ROUTING.into(),
         element: Element::Float(DType::F32),

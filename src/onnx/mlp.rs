@@ -34,7 +34,7 @@ pub(super) fn lower(
     }
 }
 
-/// `[rows, hidden]` to `[rows, hidden]`.
+/// `[…, hidden]` to `[…, hidden]`.
 fn feed_forward(b: &mut Builder, name: &str, mlp: &Mlp, x: &str) -> Name {
     let (gate, up) = match &mlp.gate_up {
         GateUp::Separate { gate, up } => (
@@ -43,7 +43,7 @@ fn feed_forward(b: &mut Builder, name: &str, mlp: &Mlp, x: &str) -> Name {
         ),
         GateUp::Fused(linear) => {
             let both = b.linear(&format!("{name}.gate_up"), x, linear, b.dtype);
-            let [gate, up] = b.split(&format!("{name}.gate_up"), &both, 1, ["gate", "up"]);
+            let [gate, up] = b.split(&format!("{name}.gate_up"), &both, ["gate", "up"]);
             (gate, up)
         }
     };

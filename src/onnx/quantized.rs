@@ -27,19 +27,9 @@ pub(super) fn quantized(weight: &Weight) -> Option<(Weight, Scheme)> {
 }
 
 impl Builder {
-    /// `x · Wᵀ` for `x` `[…, in]` and a matrix `[out, in]` in few bits: `[…, out]`.
+    /// `x · Wᵀ` for `x` `[…, in]` and a matrix `[out, in]` in few bits: `[…, out]`, called `output`;
+    /// `name` is that of the weight.
     pub(super) fn matmul_bits(
-        &mut self,
-        name: &str,
-        x: &str,
-        weight: (Weight, Scheme),
-        dtype: DType,
-    ) -> Name {
-        self.matmul_bits_as(name, name, x, weight, dtype)
-    }
-
-    /// The same, called `output`; `name` is that of the weight.
-    pub(super) fn matmul_bits_as(
         &mut self,
         output: &str,
         name: &str,

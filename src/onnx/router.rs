@@ -20,7 +20,7 @@ pub(super) struct Decision {
     pub(super) place: String,
     /// How skipped tokens are skipped.
     pub(super) dispatch: Dispatch,
-    /// The margins of its router, `[tokens, decisions]`.
+    /// The margins of its router, `[batch, sequence, decisions]`.
     margins: Name,
     /// Which of them is its own.
     slot: usize,
@@ -32,7 +32,7 @@ pub(super) struct Decision {
 /// Where a router's margins are found in the graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterMargins {
-    /// The value's name: `f32` `[tokens, modules]`; 0 or more keeps.
+    /// The value's name: `f32` `[batch, sequence, modules]`; 0 or more keeps.
     pub value: String,
     /// Whose margins they are, column by column.
     pub modules: Vec<ModuleId>,
@@ -84,7 +84,7 @@ const fn floor(decisions: usize) -> &'static str {
     if decisions == 1 { "step.floor" } else { "step.floors" }
 }
 
-/// What the layer's shared router, if it has one, decides on `x` `[tokens, hidden]`. The branch of a
+/// What the layer's shared router, if it has one, decides on `x` `[batch, sequence, hidden]`. The branch of a
 /// conditional attention module is for steps of one token if `gated`.
 pub(super) fn shared(b: &mut Builder, layer: &Layer, gated: bool, x: &str) -> Option<Decided> {
     let SharedRouter { hidden, output, decisions } = layer.router.as_ref()?;
@@ -171,7 +171,7 @@ fn any_kept(
     decisions: usize,
     gated: bool,
 ) -> Vec<Name> {
-    let tokens = b.ints("constants.first_axis", &[0]);
+    let tokens = b.ints("constants.token_axes", &[0, 1]);
     let keep = vec![("keepdims", Attribute::Int(0))];
     let largest = b.op_with(&format!("{name}.largest"), "ReduceMax", &[margins, &tokens], keep);
     let floor = if gated {
@@ -183,7 +183,7 @@ fn any_kept(
     if decisions == 1 {
         return vec![any];
     }
-    b.split(&format!("{name}.any"), &any, 0, ["0", "1"]).to_vec()
+    b.split(&format!("{name}.any"), &any, ["0", "1"]).to_vec()
 }
 
 /// The rows of the keep scores less those of the skip scores.
@@ -197,7 +197,7 @@ fn difference(Linear { weight, bias, .. }: &Linear, decisions: usize) -> Linear 
 }
 
 impl Decision {
-    /// The decision as a factor, `[tokens, 1]`, 0 or 1.
+    /// The decision as a factor, `[batch, sequence, 1]`, 0 or 1.
     pub(super) fn factor(&self, b: &mut Builder) -> Name {
         let slot = b.ints(&format!("routing.slot.{}", self.slot), &[self.slot as i64]);
         let keep = self.pick(b, &self.place, &slot);
@@ -208,7 +208,9 @@ impl Decision {
     pub(super) fn vector(&self, b: &mut Builder, place: &str) -> Name {
         // A scalar index drops the axis.
         let slot = b.int(&format!("routing.slot.{}.scalar", self.slot), self.slot as i64);
-        self.pick(b, place, &slot)
+        let keep = self.pick(b, place, &slot);
+        let flat = b.ints("shapes.flat", &[-1]);
+        b.op(&format!("{place}.keep.flat"), "Reshape", &[&keep, &flat])
     }
 
     /// Whether any token is kept, one element; of a gated module, whether it is the only one.
@@ -217,7 +219,7 @@ impl Decision {
     }
 
     fn pick(&self, b: &mut Builder, place: &str, slot: &str) -> Name {
-        let axis = vec![("axis", Attribute::Int(1))];
+        let axis = vec![("axis", Attribute::Int(2))];
         let margin = format!("{place}.margin");
         let margin = b.op_with(&margin, "Gather", &[&self.margins, slot], axis);
         let zero = b.floats("constants.zero.f32", &[], &[0.0]);

@@ -6,9 +6,14 @@
 use skipgpt_passes::ir::{DType, Weight};
 
 use super::builder::{Builder, Name};
-use super::graph::Attribute;
+use super::graph::{Attribute, Dim};
 
-/// The residual stream, `[tokens, hidden]`.
+/// The shape of a value of every token.
+pub(crate) fn every_token(width: usize) -> Vec<Dim> {
+    vec![Dim::Symbolic("batch"), Dim::Symbolic("sequence"), Dim::Fixed(width)]
+}
+
+/// The residual stream, `[batch, sequence, hidden]`.
 pub(super) enum Stream {
     /// A value.
     Value(Name),
@@ -32,14 +37,17 @@ impl Stream {
         }
     }
 
-    /// The rows numbered `rows` `[n]` of the stream, `[n, hidden]`, their values named after `name`.
-    /// What is pending is gathered too, so that it is added for these rows alone.
+    /// Of each sequence the row numbered by `rows` `[batch, 1, 1]`: `[batch, 1, hidden]`, values named after
+    /// `name`. What is pending is gathered too, so that it is added for these rows alone.
     pub(super) fn gathered(self, b: &mut Builder, name: &str, rows: &str) -> Self {
+        let mut gather = |name: &str, x: &str| {
+            b.op_with(name, "GatherND", &[x, rows], vec![("batch_dims", Attribute::Int(1))])
+        };
         match self {
-            Self::Value(x) => Self::Value(b.op(name, "Gather", &[&x, rows])),
+            Self::Value(x) => Self::Value(gather(name, &x)),
             Self::Pending { x, change, sum } => Self::Pending {
-                x: b.op(name, "Gather", &[&x, rows]),
-                change: b.op(&format!("{name}.change"), "Gather", &[&change, rows]),
+                x: gather(name, &x),
+                change: gather(&format!("{name}.change"), &change),
                 sum,
             },
         }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use ndarray::{Array2, ArrayD, Ix3};
+use ndarray::{Array3, ArrayD, Ix3};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, SessionOutputs};
 use ort::value::{DynTensor, DynValue, Tensor};
@@ -40,7 +40,7 @@ pub struct OnnxDecoder {
     shares: bool,
     /// Tokens such a buffer has room for; 0 for none.
     reserved: usize,
-    forced: BTreeMap<String, (usize, DynValue)>,
+    forced: BTreeMap<String, ([usize; 2], DynValue)>,
 }
 
 impl OnnxDecoder {
@@ -227,13 +227,14 @@ impl OnnxDecoder {
         self.interface.layers.iter().map(move |l| (l.index, [heads(&l.key), heads(&l.value)]))
     }
 
-    /// What the graph's input `name` (see [`crate::onnx::force`]) takes in the next steps, `[tokens,
-    /// decisions]`.
-    pub fn force(&mut self, name: &str, biases: &Array2<f32>) -> Result<(), Error> {
-        let (tokens, decisions) = biases.dim();
+    /// What the graph's input `name` (see [`crate::onnx::force`]) takes in the next steps, `[batch,
+    /// sequence, decisions]`.
+    pub fn force(&mut self, name: &str, biases: &Array3<f32>) -> Result<(), Error> {
+        let (batch, sequence, decisions) = biases.dim();
         let data: Vec<f32> = biases.iter().copied().collect();
-        let value = Tensor::from_array(([tokens, decisions], data)).map_err(feed(name))?;
-        self.forced.insert(name.to_owned(), (tokens, value.into_dyn()));
+        let value = Tensor::from_array(([batch, sequence, decisions], data));
+        let value = value.map_err(feed(name))?.into_dyn();
+        self.forced.insert(name.to_owned(), ([batch, sequence], value));
         Ok(())
     }
 
@@ -283,10 +284,10 @@ impl OnnxDecoder {
         for (name, array) in integers {
             binding.bind_input(name, &from_integers(name, array)?).map_err(feed(name))?;
         }
-        let tokens = input.ids.len();
+        let tokens = [input.batch(), input.sequence()];
         for name in &self.interface.forced {
             let unforced = |given| Error::Unforced { name: name.clone(), tokens, given };
-            let (given, value) = self.forced.get(name).ok_or_else(|| unforced(0))?;
+            let (given, value) = self.forced.get(name).ok_or_else(|| unforced([0, 0]))?;
             if *given != tokens {
                 return Err(unforced(*given));
             }

@@ -6,7 +6,7 @@
 //! | in | `attention_mask` | int64 | `[batch, total_sequence]` |
 //! | in | `position_ids`, optional | int64 | `[batch, sequence]` |
 //! | in | `past_key_values.{i}.key`, `.value` | float | `[batch, kv_heads, past_sequence, head_dim]` |
-//! | in | `forced.{place}`, optional | float32 | `[tokens, decisions]` |
+//! | in | `forced.{place}`, optional | float32 | `[batch, sequence, decisions]` |
 //! | out | `logits` | float | `[batch, sequence or 1, vocab]` |
 //! | out | `present.{i}.key`, `.value` | as the input | `[batch, kv_heads, total_sequence, head_dim]` |
 //! | out | `routing_margins`, optional | float | `[modules, batch, sequence]` |
@@ -156,8 +156,8 @@ fn integer(outlet: &Outlet) -> Result<(), Error> {
 
 fn biases(outlet: &Outlet) -> Result<(), Error> {
     match tensor(outlet)? {
-        (TensorElementType::Float32, shape) if shape.len() == 2 => Ok(()),
-        _ => Err(wrong(outlet, "a float32 tensor of rank 2", outlet.dtype())),
+        (TensorElementType::Float32, shape) if shape.len() == 3 => Ok(()),
+        _ => Err(wrong(outlet, "a float32 tensor of rank 3", outlet.dtype())),
     }
 }
 

@@ -9,6 +9,7 @@ use super::settings::{self, Target};
 use crate::checkpoint::names;
 use crate::model::attention::{Attention, KeyValue};
 use crate::model::dropout::{Clock, Dropout};
+use crate::model::layer::Layer;
 use crate::model::linear::{self, Linear};
 use crate::model::mlp::{GateUp, Mlp};
 use crate::model::router::{Router, Routing, Source};
@@ -186,6 +187,17 @@ pub(super) fn adapters(
     let mut network = Network { parts, parameters };
     network.gather();
     Ok(network)
+}
+
+/// The layer as the checkpoint has it, over the same weights.
+pub(super) fn without_adapters(layer: &Layer) -> Layer {
+    let mut layer = layer.clone();
+    for target in Target::ALL {
+        if let Some(linear) = projection(layer.attention.as_mut(), layer.mlp.as_mut(), target) {
+            linear.lora = None;
+        }
+    }
+    layer
 }
 
 /// The projection `target` of a layer, where it stands alone.

@@ -12,6 +12,7 @@ use std::ops::Range;
 use candle_core::{Device, Result as Candle, Tensor, Var};
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
+use super::attach;
 use super::batch::{Batch, Totals};
 use super::loss::{self, Loss};
 use super::on_device;
@@ -216,7 +217,7 @@ impl Network {
         self.walk(batch, &step, |_, _| Ok(()))
     }
 
-    /// Runs the layers, keeping nothing.
+    /// Runs the layers, keeping nothing; those of the dense model where routers are not asked.
     fn walk(
         &self,
         batch: &Batch,
@@ -224,9 +225,15 @@ impl Network {
         mut each: impl FnMut(usize, &Graph) -> Result<(), Error>,
     ) -> Result<Tensor, Error> {
         let mut x = self.embed(batch).map_err(outside)?;
+        let dense = matches!(step.decide, Decide::Always);
         for (at, layer) in self.parts.layers.iter().enumerate() {
+            let plain = dense.then(|| attach::without_adapters(layer));
             let mut decisions = Vec::new();
-            let y = layer.forward(&x, step, None, &mut decisions).map_err(self.place(at))?;
+            let y = plain
+                .as_ref()
+                .unwrap_or(layer)
+                .forward(&x, step, None, &mut decisions)
+                .map_err(self.place(at))?;
             let graph = Graph { x: None, y: y.detach(), decisions };
             each(at, &graph)?;
             x = graph.y;

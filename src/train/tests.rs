@@ -247,6 +247,21 @@ fn distillation_is_the_distance_to_the_dense_model() {
     assert_eq!(pass.keep, Some(1.0));
 }
 
+/// The teacher has no adapter, however far the student's has been trained.
+#[test]
+fn adapters_are_taught_by_the_frozen_model() {
+    let expected = Expected::read();
+    let adapted = adapter(&expected);
+    let fresh = attach::adapters(parts(true), &lora_settings(0.0), 1, &Clock::default()).unwrap();
+    let distance = |a: &Tensor, b: &Tensor| {
+        let squares = (a - b).unwrap().sqr().unwrap();
+        squares.max_all().unwrap().to_scalar::<f32>().unwrap()
+    };
+    let batch = expected.batch();
+    let teacher = adapted.dense(&batch).unwrap();
+    assert!(distance(&teacher, &fresh.dense(&batch).unwrap()) == 0.0);
+}
+
 /// Dropped elements are the same when a layer runs again.
 #[test]
 fn recomputation_changes_nothing_under_dropout() {
@@ -295,12 +310,13 @@ fn part(
     noise.iter().map(|(id, one)| (*id, part(one))).collect()
 }
 
+/// Products of other sizes are summed in another order, or in halves of `bf16` on one side alone.
 #[track_caller]
 fn alike(found: &[Vec<f32>], expected: &[Vec<f32>]) {
     for (found, expected) in found.iter().zip(expected) {
         let highest = expected.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
         for (found, expected) in found.iter().zip(expected) {
-            assert!((found - expected).abs() <= TOLERANCE * highest, "{found} {expected}");
+            assert!((found - expected).abs() <= 3.0 * TOLERANCE * highest, "{found} {expected}");
         }
     }
 }

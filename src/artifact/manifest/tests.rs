@@ -83,9 +83,9 @@ fn check_manifest(from: &str, to: &str, expected: &str) {
 #[test]
 fn a_wrong_manifest_is_refused() {
     check_manifest(
-        "\"manifest_version\": 2",
+        "\"manifest_version\": 3",
         "\"manifest_version\": 9",
-        "has version 9, written by skipgpt-export 0.1.0; this build reads version 2",
+        "has version 9, written by skipgpt-export 0.1.0; this build reads version 3",
     );
     check_manifest("\"skipgpt-export\"", "\"another\"", "is not an artifact");
     check_manifest("\"README.md\"", "\"../README.md\"", "lists \"../README.md\"");

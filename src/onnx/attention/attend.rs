@@ -8,17 +8,25 @@ use skipgpt_passes::ir::{Config, DType};
 
 use super::Context;
 use super::core::Cache;
-use super::heads::{heads_first, swap_middle};
+use super::heads::{heads_first, swap_middle, together};
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::dispatch::Rows;
-use crate::onnx::graph::{Attribute, Dim};
+use crate::onnx::graph::Attribute;
 
 /// Queries that are not rotated yet, and whose they are.
 pub(super) enum Queries<'a> {
-    /// Every token's, `[tokens, heads · head_dim]`.
+    /// Every token's, `[batch, sequence, heads · head_dim]`.
     All(&'a str),
-    /// Of the kept tokens of one sequence, `[kept, heads · head_dim]`.
+    /// Of the kept tokens of one sequence, `[1, kept, heads · head_dim]`.
     Kept(&'a str, &'a Rows),
+}
+
+impl Queries<'_> {
+    const fn projected(&self) -> &str {
+        match self {
+            Self::All(q) | Self::Kept(q, _) => q,
+        }
+    }
 }
 
 /// Whether chunks go through `MultiHeadAttention`, and those of one sequence that nothing skips through
@@ -29,8 +37,8 @@ pub(super) const fn multi_head(grouped: bool, dtype: DType) -> bool {
 }
 
 impl Context<'_> {
-    /// Attention of every token, zeros standing for the queries of those that are not kept: `[tokens,
-    /// heads · head_dim]`.
+    /// Attention of every token, zeros standing for the queries of those that are not kept: `[batch,
+    /// sequence, heads · head_dim]`.
     pub(super) fn core_in_place(
         &self,
         b: &mut Builder,
@@ -43,12 +51,10 @@ impl Context<'_> {
         self.attend(b, place, &Queries::All(&q), cache, &format!("{place}.context"))
     }
 
-    /// Attention of the kept rows, at least one, from their queries `[kept, heads · head_dim]`: `[kept,
-    /// heads · head_dim]`. With one sequence no other query is computed.
+    /// Attention of the kept rows, at least one, from their queries: `[1, kept, heads · head_dim]`. With one sequence no other query is computed.
     pub(super) fn kept_core(&self, b: &mut Builder, rows: &Rows, q: &str, cache: &Cache) -> Name {
         let place = |part: &str| format!("{}.{part}", self.name);
         let (one, all, name) = (place("compact"), place("in_place"), place("context.of_kept"));
-        let shape = vec![Dim::Open, Dim::Fixed(self.query_width())];
         let compact = |b: &mut Builder| {
             [self.attend(b, &one, &Queries::Kept(q, rows), cache, &format!("{one}.context"))]
         };
@@ -56,11 +62,12 @@ impl Context<'_> {
             let context = self.core_in_place(b, &all, rows, q, cache);
             [rows.gather(b, &format!("{all}.context.rows"), &context)]
         };
-        let [context] = b.branch(&[(&name, shape)], &self.shared.one_sequence, compact, in_place);
+        let [context] =
+            b.branch(&[(&name, self.kept_shape())], &self.shared.one_sequence, compact, in_place);
         context
     }
 
-    /// The context of `queries`, `[rows, heads · head_dim]`, called `output`.
+    /// The context of `queries`, of their shape, called `output`.
     pub(super) fn attend(
         &self,
         b: &mut Builder,
@@ -72,20 +79,16 @@ impl Context<'_> {
         let numbers = match queries {
             Queries::All(_) => self.shared.rows.clone(),
             Queries::Kept(_, rows) => {
-                let row = b.ints("shapes.row", &[1, -1]);
-                b.op(&format!("{place}.numbers"), "Reshape", &[rows.numbers(), &row])
+                rows.gather(b, &format!("{place}.numbers"), &self.shared.rows)
             }
         };
-        let context = if multi_head(self.shared.grouped.is_some(), b.dtype) {
-            self.multi_head(b, place, queries, &numbers, cache)
-        } else {
-            self.elementary(b, place, queries, &numbers, cache)
-        };
-        let flat = self.flat(b);
-        b.op(output, "Reshape", &[&context, &flat])
+        if multi_head(self.shared.grouped.is_some(), b.dtype) {
+            return self.multi_head(b, place, queries, &numbers, cache, output);
+        }
+        let context = self.elementary(b, place, queries, &numbers, cache);
+        together(b, output, &context, self.query_width())
     }
 
-    /// `[batch, queries, heads · head_dim]`.
     fn multi_head(
         &self,
         b: &mut Builder,
@@ -93,19 +96,14 @@ impl Context<'_> {
         queries: &Queries<'_>,
         numbers: &str,
         cache: &Cache,
+        output: &str,
     ) -> Name {
-        let (q, shape) = match queries {
-            Queries::All(q) => (q, self.shared.batch_sequence.clone()),
-            Queries::Kept(q, _) => (q, b.ints("shapes.one_sequence", &[1, -1, self.width()])),
-        };
-        let q = b.op(&format!("{place}.q.sequence"), "Reshape", &[q, &shape]);
-        let q = self.rotate(b, &format!("{place}.q.rotated"), &q, numbers);
+        let q = self.rotate(b, &format!("{place}.q.rotated"), queries.projected(), numbers);
         let bias = self.seen(b, place, queries);
         let [k, v] = [("keys", &cache.keys), ("values", &cache.values)]
             .map(|(part, x)| self.for_every_head(b, &format!("{place}.{part}"), x));
         let heads = vec![("num_heads", Attribute::Int(self.config.num_attention_heads as i64))];
-        let name = format!("{place}.mixed");
-        b.microsoft(&name, "MultiHeadAttention", &[&q, &k, &v, "", "", &bias], heads)
+        b.microsoft(output, "MultiHeadAttention", &[&q, &k, &v, "", "", &bias], heads)
     }
 
     /// Keys or values `[batch, kv_heads, total, head_dim]`, for each query head.
@@ -144,14 +142,8 @@ impl Context<'_> {
         let config = self.config;
         let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
         let width = config.head_dim as i64;
-        let q = match queries {
-            Queries::All(q) => heads_first(b, &format!("{place}.q"), q, heads),
-            Queries::Kept(q, _) => {
-                let shape = b.ints("shapes.kept_heads", &[1, -1, heads as i64, width]);
-                let q = b.op(&format!("{place}.q.heads"), "Reshape", &[q, &shape]);
-                b.op_with(&format!("{place}.q.heads_first"), "Transpose", &[&q], swap_middle())
-            }
-        };
+        let q =
+            heads_first(b, &format!("{place}.q"), queries.projected(), (heads, config.head_dim));
         let q = self.rotate(b, &format!("{place}.q.rotated"), &q, numbers);
         let bias = match queries {
             Queries::All(_) => self.shared.group_bias.clone(),
@@ -186,9 +178,5 @@ impl Context<'_> {
         let mixed = b.op(&format!("{place}.mixed.groups"), "MatMul", &[&shares, &cache.values]);
         let mixed = regroup(b, &format!("{place}.mixed"), &mixed, heads);
         b.op_with(&format!("{place}.mixed.tokens"), "Transpose", &[&mixed], swap_middle())
-    }
-
-    const fn width(&self) -> i64 {
-        self.query_width() as i64
     }
 }

@@ -11,6 +11,28 @@ use super::heads::{Projected, heads_first};
 use super::{Context, WithCache};
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::graph::{Attribute, Dim};
+use crate::onnx::stream::every_token;
+
+/// How `GroupQueryAttention` knows which keys a query may see.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Seen {
+    /// All that are not later: of sequences without padding.
+    Before,
+    /// By a bias, which it adds to every score.
+    Told,
+}
+
+/// The forms of a step.
+pub(super) struct Forms<'a> {
+    /// Whether it has one token in each sequence.
+    pub(super) single: &'a str,
+    /// Whether it is one sequence without padding, if that matters.
+    pub(super) whole: Option<&'a str>,
+    /// What the results are called: of all forms, and of those of several tokens.
+    pub(super) names: [&'a WithCache; 2],
+    /// The shape of the first.
+    pub(super) shape: Vec<Dim>,
+}
 
 /// Keys and values after a step.
 pub(super) struct Cache {
@@ -23,43 +45,62 @@ pub(super) struct Cache {
 }
 
 impl Context<'_> {
-    /// Attention of every token: its context `[tokens, heads · head_dim]`, and the caches.
+    /// Attention of every token: its context `[batch, sequence, heads · head_dim]`, and the caches.
     pub(super) fn core(&self, b: &mut Builder, projected: &Projected) -> WithCache {
         let names = self.outputs(&format!("{}.context", self.name));
         let Some(grouped) = &self.shared.grouped else {
             return self.appended_core(b, &self.name, projected, &names);
         };
-        let inside =
-            |place: &str| ["context", "key", "value"].map(|part| format!("{place}.{part}"));
-        let [joint, chunk] = ["joint", "chunk"].map(|part| format!("{}.{part}", self.name));
-        self.branch(
-            b,
-            &names,
-            (Dim::Symbolic("tokens"), self.query_width()),
-            &grouped.takes,
-            |b| self.grouped(b, &joint, projected, &inside(&joint)),
-            |b| self.appended_core(b, &chunk, projected, &inside(&chunk)),
-        )
+        let inside = |form: &str| {
+            ["context", "key", "value"].map(|part| format!("{}.{form}.{part}", self.name))
+        };
+        let forms = Forms {
+            single: &grouped.single,
+            whole: grouped.whole.as_deref(),
+            names: [&names, &inside("several")],
+            shape: every_token(self.query_width()),
+        };
+        let joint =
+            |b: &mut Builder, form: &str, seen| self.grouped(b, projected, seen, &inside(form));
+        let chunk = |b: &mut Builder| {
+            self.appended_core(b, &format!("{}.chunk", self.name), projected, &inside("chunk"))
+        };
+        self.by_form(b, forms, joint, chunk)
+    }
+
+    /// What a step takes by its form: `grouped`, given a name for the form and how it knows what a query may
+    /// see, or else `chunk`.
+    pub(super) fn by_form(
+        &self,
+        b: &mut Builder,
+        Forms { single, whole, names: [outer, inner], shape }: Forms<'_>,
+        grouped: impl Fn(&mut Builder, &str, Seen) -> WithCache,
+        chunk: impl FnOnce(&mut Builder) -> WithCache,
+    ) -> WithCache {
+        let several = |b: &mut Builder| {
+            let Some(whole) = whole else { return chunk(b) };
+            let all = |b: &mut Builder| grouped(b, "whole", Seen::Before);
+            self.branch(b, inner, shape.clone(), whole, all, chunk)
+        };
+        let one_each = |b: &mut Builder| grouped(b, "joint", Seen::Told);
+        self.branch(b, outer, shape.clone(), single, one_each, several)
     }
 
     /// Every token, by `GroupQueryAttention`, which must take the step.
     pub(super) fn grouped(
         &self,
         b: &mut Builder,
-        place: &str,
         projected: &Projected,
+        seen: Seen,
         [context, key, value]: &WithCache,
     ) -> WithCache {
         let inputs = match projected {
-            Projected::Packed(all) => [Some(("qkv", all)), None, None],
-            Projected::Apart([q, k, v]) => [Some(("q", q)), Some(("k", k)), Some(("v", v))],
+            Projected::Packed(all) => [all.as_str(), "", ""],
+            Projected::Apart(parts) => parts.each_ref().map(String::as_str),
         };
-        let mixed = format!("{place}.mixed");
         let heads = self.config.num_attention_heads;
-        self.group_query(b, place, heads, inputs, [&mixed, key, value]);
-        let flat = self.flat(b);
-        let context = b.op(context, "Reshape", &[&mixed, &flat]);
-        [context, key.clone(), value.clone()]
+        self.group_query(b, heads, inputs, seen, [context, key, value]);
+        [context.clone(), key.clone(), value.clone()]
     }
 
     /// The caches with one token a sequence more: the cheapest operator that appends in place. What it
@@ -72,37 +113,24 @@ impl Context<'_> {
         v: &str,
     ) -> [Name; 2] {
         let [key, value, unused] = ["key", "value", "unused"].map(|part| format!("{place}.{part}"));
-        let (k, v) = (k.to_owned(), v.to_owned());
-        let inputs = [Some(("k", &k)), Some(("k", &k)), Some(("v", &v))];
-        self.group_query(b, place, self.groups(), inputs, [&unused, &key, &value]);
+        self.group_query(b, self.groups(), [k, k, v], Seen::Told, [&unused, &key, &value]);
         [key, value]
     }
 
     fn group_query(
         &self,
         b: &mut Builder,
-        place: &str,
         heads: usize,
-        inputs: [Option<(&str, &Name)>; 3],
+        [q, k, v]: [&str; 3],
+        seen: Seen,
         outputs: [&str; 3],
     ) {
         let Some(grouped) = &self.shared.grouped else { return };
-        let mut made: Vec<(&str, Name)> = Vec::new();
-        let inputs = inputs.map(|input| {
-            let Some((part, value)) = input else { return Name::new() };
-            if let Some((_, name)) = made.iter().find(|(other, _)| *other == part) {
-                return name.clone();
-            }
-            let name = format!("{place}.{part}.sequence");
-            let name = b.op(&name, "Reshape", &[value, &self.shared.batch_sequence]);
-            made.push((part, name.clone()));
-            name
-        });
         let past = ["key", "value"].map(|part| self.past(part));
         let all = [
-            &inputs[0],
-            &inputs[1],
-            &inputs[2],
+            q,
+            k,
+            v,
             &past[0],
             &past[1],
             &grouped.last,
@@ -112,12 +140,13 @@ impl Context<'_> {
             &self.shared.rows,
             &self.shared.bias,
         ];
+        let told = if matches!(seen, Seen::Told) { all.len() } else { all.len() - 1 };
         let attributes = vec![
             ("do_rotary", Attribute::Int(1)),
             ("kv_num_heads", Attribute::Int(self.groups() as i64)),
             ("num_heads", Attribute::Int(heads as i64)),
         ];
-        b.microsoft_outputs("GroupQueryAttention", &all.map(String::as_str), &outputs, attributes);
+        b.microsoft_outputs("GroupQueryAttention", &all[..told], &outputs, attributes);
     }
 
     fn past(&self, part: &str) -> Name {
@@ -134,7 +163,7 @@ impl Context<'_> {
     ) -> WithCache {
         let [q, k, v] = self.apart(b, place, projected);
         let [k, v] = [("k", k), ("v", v)]
-            .map(|(part, x)| heads_first(b, &format!("{place}.{part}"), &x, self.groups()));
+            .map(|(part, x)| heads_first(b, &format!("{place}.{part}"), &x, self.key_heads()));
         let cache = self.append(b, place, &k, &v, names.clone());
         let context = self.attend(b, place, &Queries::All(&q), &cache, &names[0]);
         let [key, value] = cache.present;
@@ -172,10 +201,5 @@ impl Context<'_> {
         });
         let [keys, values] = all.each_mut().map(|(all, _)| std::mem::take(all));
         Cache { keys, values, present: all.map(|(_, present)| present) }
-    }
-
-    /// The shape `[tokens, heads · head_dim]`.
-    pub(super) fn flat(&self, b: &mut Builder) -> Name {
-        b.ints("shapes.queries.flat", &[-1, self.query_width() as i64])
     }
 }

@@ -1,18 +1,18 @@
 //! Queries, keys and values: projected, normed by head, laid out by head, rotated.
 //!
-//! A projection is `[tokens, heads · head_dim]` until an operator wants its heads.
+//! A projection is `[batch, sequence, heads · head_dim]`, of kept tokens `[1, kept, heads · head_dim]`, until an
+//! operator wants its heads.
 
 use skipgpt_passes::ir::{Attention, Config, KeyValue, Linear, Weight};
 
 use super::Context;
-use super::shared::heads_shape;
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::dispatch::Rows;
 use crate::onnx::graph::Attribute;
 
 /// Queries, keys and values of every token.
 pub(super) enum Projected {
-    /// Side by side, `[tokens, (heads + 2 · kv_heads) · head_dim]`.
+    /// Side by side, `[batch, sequence, (heads + 2 · kv_heads) · head_dim]`.
     Packed(Name),
     /// Each its own.
     Apart([Name; 3]),
@@ -37,12 +37,12 @@ impl Context<'_> {
             Projected::Packed(all) => {
                 let (heads, groups) = (self.query_width(), self.groups() * self.config.head_dim);
                 let parts = [("q", heads), ("k", groups), ("v", groups)];
-                b.split_sizes(&format!("{place}.qkv"), all, 1, parts)
+                b.split_sizes(&format!("{place}.qkv"), all, parts)
             }
         }
     }
 
-    /// Queries of the kept rows, `[kept, heads · head_dim]`.
+    /// Queries of the kept rows, `[1, kept, heads · head_dim]`.
     pub(super) fn kept_queries(&self, b: &mut Builder, rows: &Rows, normed: &str) -> Name {
         let kept = rows.gather(b, &format!("{}.rows", self.name), normed);
         self.queries(b, &self.name, &kept)
@@ -56,13 +56,13 @@ impl Context<'_> {
         self.norm_heads(b, &name, projected, heads, q_norm.as_ref())
     }
 
-    /// Keys and values, `[tokens, kv_heads · head_dim]` each.
+    /// Keys and values, `[batch, sequence, kv_heads · head_dim]` each.
     pub(super) fn keys_and_values(&self, b: &mut Builder, place: &str, normed: &str) -> [Name; 2] {
         let at = |part: &str| format!("{place}.{part}");
         let [k, v] = match &self.attention.kv {
             KeyValue::Fused(linear) => {
                 let both = b.linear(&at("kv"), normed, linear, b.dtype);
-                b.split(&at("kv"), &both, 1, ["k", "v"])
+                b.split(&at("kv"), &both, ["k", "v"])
             }
             KeyValue::Separate { k, v } => [("k", k), ("v", v)]
                 .map(|(part, linear): (_, &Linear)| b.linear(&at(part), normed, linear, b.dtype)),
@@ -82,16 +82,13 @@ impl Context<'_> {
     ) -> Name {
         let Some(norm) = norm else { return x };
         let Config { head_dim, rms_norm_eps, .. } = *self.config;
-        let (heads, width) = (heads as i64, head_dim as i64);
-        let apart = b.ints(&format!("shapes.normed.{heads}"), &[-1, heads, width]);
-        let x = b.op(&format!("{name}.apart"), "Reshape", &[&x, &apart]);
+        let x = apart(b, &format!("{name}.apart"), &x, heads, head_dim);
         let x = b.rms_norm(&format!("{name}.norm"), &x, norm, rms_norm_eps);
-        let flat = b.ints(&format!("shapes.flat.{}", heads * width), &[-1, heads * width]);
-        b.op(&format!("{name}.normed"), "Reshape", &[&x, &flat])
+        together(b, &format!("{name}.normed"), &x, heads * head_dim)
     }
 
-    /// Turns each head by its token's angles; `x` is `[batch, heads, sequence, head_dim]`, `rows` its
-    /// tokens' rows in the tables, `[batch, sequence]`.
+    /// Turns each head by its token's angles; `x` is `[batch, heads, sequence, head_dim]` or `[batch, sequence,
+    /// heads · head_dim]`, `rows` its tokens' rows in the tables, `[batch, sequence]`.
     pub(super) fn rotate(&self, b: &mut Builder, name: &str, x: &str, rows: &str) -> Name {
         let tables = [&*self.shared.cos, &self.shared.sin];
         b.microsoft(name, "RotaryEmbedding", &[x, rows, tables[0], tables[1]], vec![])
@@ -102,21 +99,43 @@ impl Context<'_> {
         self.config.num_key_value_heads
     }
 
+    /// The same, and their width.
+    pub(super) const fn key_heads(&self) -> (usize, usize) {
+        (self.groups(), self.config.head_dim)
+    }
+
     /// Width of all queries of a token.
     pub(super) const fn query_width(&self) -> usize {
         query_width(self.config)
     }
 
-    /// Zeros, `[tokens, heads · head_dim]`.
+    /// Zeros, `[batch, sequence, heads · head_dim]`.
     pub(super) fn zero_queries(&self) -> &str {
         self.shared.zero_queries.as_deref().unwrap_or_default()
     }
 }
 
-/// `[tokens, heads · head_dim]` as `[batch, heads, sequence, head_dim]`.
-pub(super) fn heads_first(b: &mut Builder, name: &str, x: &str, heads: usize) -> Name {
-    let split = b.op(&format!("{name}.heads"), "Reshape", &[x, &heads_shape(heads)]);
+/// `[batch, sequence, heads · head_dim]` as `[batch, heads, sequence, head_dim]`.
+pub(super) fn heads_first(
+    b: &mut Builder,
+    name: &str,
+    x: &str,
+    (heads, head_dim): (usize, usize),
+) -> Name {
+    let split = apart(b, &format!("{name}.heads"), x, heads, head_dim);
     b.op_with(&format!("{name}.heads_first"), "Transpose", &[&split], swap_middle())
+}
+
+/// `[batch, sequence, heads · head_dim]` as `[batch, sequence, heads, head_dim]`.
+fn apart(b: &mut Builder, name: &str, x: &str, heads: usize, head_dim: usize) -> Name {
+    let shape = b.ints(&format!("shapes.heads.{heads}"), &[0, 0, heads as i64, head_dim as i64]);
+    b.op(name, "Reshape", &[x, &shape])
+}
+
+/// `[batch, sequence, heads, head_dim]` as `[batch, sequence, width]`.
+pub(super) fn together(b: &mut Builder, name: &str, x: &str, width: usize) -> Name {
+    let shape = b.ints(&format!("shapes.width.{width}"), &[0, 0, width as i64]);
+    b.op(name, "Reshape", &[x, &shape])
 }
 
 pub(super) const fn query_width(config: &Config) -> usize {

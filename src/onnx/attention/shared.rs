@@ -1,9 +1,7 @@
 //! What every attention module uses, once per graph: angles, lengths, what a query may see, and
 //! which form a step has.
 
-use std::collections::BTreeSet;
-
-use skipgpt_passes::ir::{Config, DType, Dispatch, Model, ModuleKind};
+use skipgpt_passes::ir::{Config, DType, Model, ModuleKind};
 
 use super::attend;
 use super::heads::query_width;
@@ -15,9 +13,7 @@ use crate::rope;
 
 /// Values every layer uses.
 pub(in crate::onnx) struct Shared {
-    /// `[batch, sequence]` as a shape with the rest left open: `[batch, sequence, -1]`.
-    pub(in crate::onnx) batch_sequence: Name,
-    /// The number of a token's row, `[batch, sequence]`: in the hidden state, and in the tables.
+    /// The number of a token's row in the tables, `[batch, sequence]`.
     pub(super) rows: Name,
     /// Cosines of every token's angles, `[tokens, head_dim / 2]`.
     pub(super) cos: Name,
@@ -28,7 +24,7 @@ pub(in crate::onnx) struct Shared {
     /// The same for the queries that share a key, `[batch, 1, group · sequence, total]`; present where
     /// attention goes by elementary operators.
     pub(super) group_bias: Name,
-    /// Zeros, `[tokens, heads · head_dim]`; present if an attention module gathers its rows.
+    /// Zeros, `[batch, sequence, heads · head_dim]`; present if an attention module gathers its rows.
     pub(super) zero_queries: Option<Name>,
     /// Whether there is one sequence; present if an attention module asks.
     pub(super) one_sequence: Name,
@@ -42,10 +38,9 @@ impl Shared {
         self.grouped.is_some()
     }
 
-    /// The number of the row of each sequence's last real token among the new ones, `[batch]`: told by
-    /// the mask, because onnxruntime-genai pads prompts of a batch on the right. 0 where all of them are
-    /// padding.
-    pub(in crate::onnx) fn last_rows(&self, b: &mut Builder) -> Name {
+    /// The column of each sequence's last real token among the new ones, `[batch, 1, 1]`: told by the mask,
+    /// because onnxruntime-genai pads prompts of a batch on the right. 0 where all of them are padding.
+    pub(in crate::onnx) fn last_columns(&self, b: &mut Builder) -> Name {
         let past = match &self.grouped {
             Some(grouped) => grouped.past_vector.clone(),
             None => vector(b, "mask.past"),
@@ -53,19 +48,21 @@ impl Shared {
         let end = b.ints("constants.end", &[i64::MAX]);
         let axis = b.ints("constants.sequence_axis", &[1]);
         let real = b.op("last.real", "Slice", &["attention_mask", &past, &end, &axis]);
-        let rows = b.op("last.real_rows", "Mul", &[&real, &self.rows]);
-        let keep = vec![("keepdims", Attribute::Int(0))];
-        b.op_with("last.rows", "ReduceMax", &[&rows, &axis], keep)
+        let (zero, one) = (b.int("constants.zero", 0), b.int("constants.one", 1));
+        let columns = b.op("last.columns", "Range", &[&zero, "mask.sequence", &one]);
+        let columns = b.op("last.real_columns", "Mul", &[&real, &columns]);
+        let last = b.op("last.column", "ReduceMax", &[&columns, &axis]);
+        b.op("last.columns_apart", "Unsqueeze", &[&last, &axis])
     }
 }
 
 /// What `GroupQueryAttention` takes beside queries, keys and values.
 pub(super) struct Grouped {
-    /// Whether the operator takes the step: one token in each sequence, or, where other steps have an
-    /// operator too, one sequence.
-    pub(super) takes: Name,
     /// Whether there is one new token in each sequence.
-    single: Name,
+    pub(super) single: Name,
+    /// Whether there is one sequence, and no padding in it: the operator takes it as it is. Present where other
+    /// steps of several tokens have an operator too.
+    pub(super) whole: Option<Name>,
     /// Cached tokens after the step, less one, `[batch]`, `i32`.
     pub(super) last: Name,
     /// Cached tokens after the step, `i32`.
@@ -80,14 +77,6 @@ pub(super) struct Grouped {
     pub(super) total_vector: Name,
 }
 
-impl Grouped {
-    /// Whether the operator is for a step of which some tokens are kept. One sequence can go without the
-    /// others' queries.
-    pub(super) fn takes_some(&self, dispatch: Dispatch) -> &str {
-        if dispatch == Dispatch::Conditional { &self.single } else { &self.takes }
-    }
-}
-
 /// Lengths of the step, scalars.
 struct Lengths {
     batch: Name,
@@ -100,9 +89,6 @@ struct Lengths {
 pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -> Shared {
     let config = &model.config;
     let shape = b.op("shapes.ids", "Shape", &["input_ids"]);
-    let open = b.ints("constants.open", &[-1]);
-    let axis = vec![("axis", Attribute::Int(0))];
-    let batch_sequence = b.op_with("shapes.batch_sequence", "Concat", &[&shape, &open], axis);
     let zero = b.int("constants.zero", 0);
     let one = b.int("constants.one", 1);
     let lengths = lengths(b, &zero, &one);
@@ -128,22 +114,21 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     }
     let bias = bias(b, &lengths, &zero, &one);
     let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
-    head_shapes(b, config, !multi_head);
     let zero_queries = attention().any(dispatch::gathers).then(|| zero_queries(b, config));
     if zero_queries.is_some() || mlps().any(dispatch::gathers) {
-        dispatch::row_numbers(b, &range);
+        dispatch::places(b, &shape);
     }
     let grouped = grouped.then(|| {
         let single = b.op("step.single", "Equal", &[&lengths.sequence, &one]);
-        let takes = if multi_head {
-            b.op("step.grouped", "Or", &[&single, &one_sequence])
-        } else {
-            single.clone()
-        };
-        let forms = [takes, single];
-        group_inputs(b, config, &lengths, &one, [&cos, &sin], forms)
+        let whole = multi_head.then(|| {
+            let least = vec![("keepdims", Attribute::Int(0))];
+            let least = b.op_with("mask.least", "ReduceMin", &["attention_mask"], least);
+            let unpadded = b.op("step.unpadded", "Equal", &[&least, &one]);
+            b.op("step.whole", "And", &[&one_sequence, &unpadded])
+        });
+        group_inputs(b, config, &lengths, &one, [&cos, &sin], (single, whole))
     });
-    Shared { batch_sequence, rows, cos, sin, bias, group_bias, zero_queries, one_sequence, grouped }
+    Shared { rows, cos, sin, bias, group_bias, zero_queries, one_sequence, grouped }
 }
 
 /// Cosines and sines of every token's angles, `[tokens, head_dim / 2]`.
@@ -200,12 +185,11 @@ fn group_bias(b: &mut Builder, config: &Config, bias: &str) -> Name {
     b.op_with("mask.bias.groups", "Concat", &vec![bias; group], axis)
 }
 
-/// Zeros for the queries of every token, `[tokens, heads · head_dim]`: where kept rows are written.
+/// Zeros for the queries of every token, `[batch, sequence, heads · head_dim]`: where kept rows are written.
 fn zero_queries(b: &mut Builder, config: &Config) -> Name {
     let width = b.ints("shapes.query_width", &[query_width(config) as i64]);
-    let tokens = vector(b, "shapes.tokens");
     let axis = vec![("axis", Attribute::Int(0))];
-    let shape = b.op_with("shapes.queries", "Concat", &[&tokens, &width], axis);
+    let shape = b.op_with("shapes.queries", "Concat", &["shapes.ids", &width], axis);
     let zero = b.zero("constants.zero.hidden");
     b.op("attention.zero_queries", "Expand", &[&zero, &shape])
 }
@@ -216,7 +200,7 @@ fn group_inputs(
     Lengths { batch, past, total, .. }: &Lengths,
     one: &str,
     tables: [&str; 2],
-    [takes, single]: [Name; 2],
+    (single, whole): (Name, Option<Name>),
 ) -> Grouped {
     let [past_vector, total_vector, batch] = [past, total, batch].map(|name| vector(b, name));
     let last = b.op("mask.last", "Sub", &[total, one]);
@@ -233,30 +217,11 @@ fn group_inputs(
     let [cos, sin] = ["cos", "sin"].map(|part| format!("rope.{part}.long"));
     let [cos, sin] = [(cos, tables[0]), (sin, tables[1])]
         .map(|(name, table)| b.op_with(&name, "Concat", &[table, &more], axis.clone()));
-    Grouped { takes, single, last, total, cos, sin, past_vector, total_vector }
+    Grouped { single, whole, last, total, cos, sin, past_vector, total_vector }
 }
 
 /// The scalar `name` as a vector of one element.
 fn vector(b: &mut Builder, name: &str) -> Name {
     let flat = b.ints("shapes.flat", &[-1]);
     b.op(&format!("{name}.vector"), "Reshape", &[name, &flat])
-}
-
-/// The name of the shape `[batch, sequence, heads, head_dim]`.
-pub(super) fn heads_shape(heads: usize) -> Name {
-    format!("shapes.heads.{heads}")
-}
-
-/// The shapes `[batch, sequence, heads, head_dim]` of keys and values, and of queries if they are asked for.
-fn head_shapes(b: &mut Builder, config: &Config, queries: bool) {
-    let mut counts = BTreeSet::from([config.num_key_value_heads]);
-    if queries {
-        counts.insert(config.num_attention_heads);
-    }
-    for count in counts {
-        let name = heads_shape(count);
-        let split = b.ints(&format!("{name}.split"), &[count as i64, config.head_dim as i64]);
-        let axis = vec![("axis", Attribute::Int(0))];
-        b.op_with(&name, "Concat", &["shapes.ids", &split], axis);
-    }
 }

@@ -26,8 +26,7 @@ fn every_row_goes_through_the_head() {
         &expect![[r#"
             output logits: f32[batch, sequence, 320]
             norm, , , layers.3.mlp.output = com.microsoft::SkipSimplifiedLayerNormalization(layers.3.attention.output, layers.3.mlp.down, norm.weight) epsilon=1e-5
-            head.input = Reshape(norm, shapes.batch_sequence)
-            logits = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+            logits = com.microsoft::FusedMatMul(norm, embedding.weight) transB=1
         "#]],
     );
 }
@@ -41,13 +40,14 @@ fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
         &expect![[r#"
             output logits: f32[batch, 1, 320]
             last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
-            last.real_rows = Mul(last.real, rope.rows)
-            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
-            last = Gather(layers.3.attention.output, last.rows)
-            last.change = Gather(layers.3.mlp.down, last.rows)
+            last.columns = Range(constants.zero, mask.sequence, constants.one)
+            last.real_columns = Mul(last.real, last.columns)
+            last.column = ReduceMax(last.real_columns, constants.sequence_axis)
+            last.columns_apart = Unsqueeze(last.column, constants.sequence_axis)
+            last = GatherND(layers.3.attention.output, last.columns_apart) batch_dims=1
+            last.change = GatherND(layers.3.mlp.down, last.columns_apart) batch_dims=1
             norm, , , layers.3.mlp.output = com.microsoft::SkipSimplifiedLayerNormalization(last, last.change, norm.weight) epsilon=1e-5
-            head.input = Unsqueeze(norm, constants.position_axis)
-            logits = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+            logits = com.microsoft::FusedMatMul(norm, embedding.weight) transB=1
         "#]],
     );
     ends(
@@ -57,10 +57,12 @@ fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
         &expect![[r#"
             output logits: f32[batch, 1, 320]
             last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
-            last.real_rows = Mul(last.real, rope.rows)
-            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
-            last = Gather(layers.3.attention.output, last.rows)
-            last.change = Gather(layers.3.mlp.down, last.rows)
+            last.columns = Range(constants.zero, mask.sequence, constants.one)
+            last.real_columns = Mul(last.real, last.columns)
+            last.column = ReduceMax(last.real_columns, constants.sequence_axis)
+            last.columns_apart = Unsqueeze(last.column, constants.sequence_axis)
+            last = GatherND(layers.3.attention.output, last.columns_apart) batch_dims=1
+            last.change = GatherND(layers.3.mlp.down, last.columns_apart) batch_dims=1
             layers.3.mlp.output = Add(last, last.change)
             norm.input = Cast(layers.3.mlp.output) to=f32
             norm.square = Pow(norm.input, constants.two)
@@ -70,8 +72,7 @@ fn the_last_rows_are_gathered_before_what_is_pending_is_added() {
             norm.unit = Div(norm.input, norm.root)
             norm.rounded = Cast(norm.unit) to=f16
             norm = Mul(norm.rounded, norm.weight)
-            head.input = Unsqueeze(norm, constants.position_axis)
-            head = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+            head = com.microsoft::FusedMatMul(norm, embedding.weight) transB=1
             logits = Cast(head) to=f32
         "#]],
     );
@@ -86,17 +87,18 @@ fn the_last_rows_of_a_routed_model_are_gathered_from_the_stream() {
         &expect![[r#"
             output logits: f32[batch, 1, 320]
             last.real = Slice(attention_mask, mask.past.vector, constants.end, constants.sequence_axis)
-            last.real_rows = Mul(last.real, rope.rows)
-            last.rows = ReduceMax(last.real_rows, constants.sequence_axis) keepdims=0
-            last = Gather(layers.3.mlp.output, last.rows)
+            last.columns = Range(constants.zero, mask.sequence, constants.one)
+            last.real_columns = Mul(last.real, last.columns)
+            last.column = ReduceMax(last.real_columns, constants.sequence_axis)
+            last.columns_apart = Unsqueeze(last.column, constants.sequence_axis)
+            last = GatherND(layers.3.mlp.output, last.columns_apart) batch_dims=1
             norm.square = Pow(last, constants.two)
             norm.mean = ReduceMean(norm.square, constants.last_axis)
             norm.shifted = Add(norm.mean, constants.rms_norm_eps)
             norm.root = Sqrt(norm.shifted)
             norm.unit = Div(last, norm.root)
             norm = Mul(norm.unit, norm.weight)
-            head.input = Unsqueeze(norm, constants.position_axis)
-            logits = com.microsoft::FusedMatMul(head.input, embedding.weight) transB=1
+            logits = com.microsoft::FusedMatMul(norm, embedding.weight) transB=1
         "#]],
     );
 }

@@ -21,35 +21,50 @@ pub(super) fn drop_queries(graph: &mut GraphProto, place: &str) -> Result<(), Er
     if let Some(sizes) = &sizes {
         narrow_split(&mut graph.node, &all, sizes);
     }
-    let context = format!("{place}.context");
-    let Some(core) = producer(graph, &context).filter(|at| graph.node[*at].op_type == "If") else {
+    match producer(graph, &format!("{place}.context")) {
+        Some(core) => narrow_forms(&mut graph.node[core], &all, sizes.as_deref()),
+        None => Ok(()),
+    }
+}
+
+/// Makes every form of a step that a branch stands for give the caches alone. What no branch gives is pruned from all
+/// of them.
+fn narrow_forms(core: &mut NodeProto, all: &str, sizes: Option<&[i64]>) -> Result<(), Error> {
+    if core.op_type != "If" {
         return Ok(());
-    };
-    // What no branch gives is pruned from all of them.
-    let core = &mut graph.node[core];
+    }
     core.output.remove(0);
     for branch in core.attribute.iter_mut().filter_map(|attribute| attribute.g.as_mut()) {
-        branch.output.remove(0);
-        if let Some(sizes) = &sizes {
-            narrow_split(&mut branch.node, &all, sizes);
+        let context = branch.output.remove(0).name;
+        if let Some(sizes) = sizes {
+            narrow_split(&mut branch.node, all, sizes);
         }
-        append_alone(&mut branch.node, &all, sizes.as_deref())?;
+        append_alone(&mut branch.node, all, sizes);
+        if let Some(core) = branch.node.iter_mut().find(|node| node.output.contains(&context)) {
+            narrow_forms(core, all, sizes)?;
+        }
     }
     Ok(())
 }
 
 /// Widths of queries, keys and values in the module's joint projection.
 fn split_sizes(graph: &GraphProto, place: &str) -> Result<Vec<i64>, Error> {
-    let outputs = |node: &&NodeProto| {
-        node.op_type == "Split" && node.input.first().is_some_and(|x| *x == format!("{place}.qkv"))
-    };
-    let branches = graph.node.iter().flat_map(|node| &node.attribute);
-    let mut nodes = graph.node.iter().chain(branches.flat_map(|a| &a.g).flat_map(|g| &g.node));
-    let split = nodes.find(outputs).ok_or_else(|| Error::Form {
+    let split = find_split(&graph.node, &format!("{place}.qkv")).ok_or_else(|| Error::Form {
         node: place.to_owned(),
         expected: "a split into queries, keys and values",
     })?;
     integers(graph, split, 1, 3)
+}
+
+/// The first node, in branches too, that splits `all`.
+fn find_split<'a>(nodes: &'a [NodeProto], all: &str) -> Option<&'a NodeProto> {
+    nodes.iter().find_map(|node| {
+        if node.op_type == "Split" && node.input.first().is_some_and(|x| x == all) {
+            return Some(node);
+        }
+        let mut branches = node.attribute.iter().filter_map(|attribute| attribute.g.as_ref());
+        branches.find_map(|branch| find_split(&branch.node, all))
+    })
 }
 
 /// Makes the splits of `all` into queries, keys and values splits into the last two.
@@ -62,9 +77,9 @@ fn narrow_split(nodes: &mut [NodeProto], all: &str, sizes: &[i64]) {
 }
 
 /// Makes `GroupQueryAttention` append: keys stand for the queries.
-fn append_alone(nodes: &mut Vec<NodeProto>, all: &str, sizes: Option<&[i64]>) -> Result<(), Error> {
+fn append_alone(nodes: &mut Vec<NodeProto>, all: &str, sizes: Option<&[i64]>) {
     let Some(at) = nodes.iter().position(|node| node.op_type == "GroupQueryAttention") else {
-        return Ok(());
+        return;
     };
     let groups = nodes[at].attribute.iter().find(|a| a.name == "kv_num_heads").map_or(0, |a| a.i);
     for attribute in nodes[at].attribute.iter_mut().filter(|a| a.name == "num_heads") {
@@ -72,45 +87,40 @@ fn append_alone(nodes: &mut Vec<NodeProto>, all: &str, sizes: Option<&[i64]>) ->
     }
     let Some(sizes) = sizes else {
         nodes[at].input[0] = nodes[at].input[1].clone();
-        return Ok(());
+        return;
     };
-    let packed = nodes[at].input[0].clone();
-    let reshape = nodes
-        .iter()
-        .position(|node| node.op_type == "Reshape" && node.output[0] == packed)
-        .ok_or_else(|| form(&nodes[at], "a reshape of the joint projection"))?;
-    let parts = ["k", "v"].map(|part| format!("{packed}.{part}"));
-    let mut split = nodes[reshape].clone();
-    split.name = format!("/{packed}.split");
-    "Split".clone_into(&mut split.op_type);
-    split.input = vec![all.to_owned(), format!("shapes.split.{}.{}", sizes[1], sizes[2])];
-    split.output = parts.to_vec();
-    split.attribute = vec![super::int("axis", 1)];
-    let reshapes = parts.each_ref().map(|part| {
-        let mut node = nodes[reshape].clone();
-        node.name = format!("/{part}.sequence");
-        node.input[0].clone_from(part);
-        node.output = vec![format!("{part}.sequence")];
-        node
-    });
-    let [k, v] = reshapes.each_ref().map(|node| node.output[0].clone());
+    let place = nodes[at].output[0].clone();
+    let parts = ["k", "v"].map(|part| format!("{place}.{part}"));
+    let split = NodeProto {
+        name: format!("/{place}.split"),
+        op_type: "Split".to_owned(),
+        input: vec![all.to_owned(), format!("shapes.split.{}.{}", sizes[1], sizes[2])],
+        output: parts.to_vec(),
+        attribute: vec![super::int("axis", -1)],
+        ..Default::default()
+    };
+    let [k, v] = parts;
     nodes[at].input.splice(..3, [k.clone(), k, v]);
-    nodes.splice(reshape..=reshape, [split].into_iter().chain(reshapes));
-    Ok(())
+    nodes.insert(at, split);
 }
 
-/// The projection at `at` without its first `queries` of `queries + rest` heads.
+/// The projection at `at`, a product or a sum of one and a bias, without its first `queries` of `queries +
+/// rest` heads.
 fn project(graph: &mut GraphProto, at: usize, queries: i64, rest: i64) -> Result<(), Error> {
     let node = &graph.node[at];
     let rows_first = match node.op_type.as_str() {
-        "Gemm" => node.attribute.iter().any(|a| a.name == "transB" && a.i == 1),
-        "MatMulNBits" => true,
+        "FusedMatMul" => node.attribute.iter().any(|a| a.name == "transB" && a.i == 1),
+        "MatMulNBits" | "Add" => true,
         _ => false,
     };
     if !rows_first {
         return Err(form(node, "a weight with one row per output"));
     }
     let (name, operands) = (node.name.clone(), node.input[1..].to_vec());
+    if node.op_type == "Add" {
+        let product = producer(graph, &node.input[0]).ok_or_else(|| form(node, "a product"))?;
+        project(graph, product, queries, rest)?;
+    }
     for (index, operand) in operands.iter().enumerate().filter(|(_, name)| !name.is_empty()) {
         let whole = graph.initializer.iter().find(|tensor| tensor.name == *operand);
         let expected = "a stored weight whose rows are heads";

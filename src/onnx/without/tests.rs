@@ -131,16 +131,16 @@ fn the_last_rows_are_gathered_from_what_is_left() -> Result {
     let graph = without(&[(last, ModuleKind::Mlp)])?;
     assert_eq!(node(&graph, "norm"), "SimplifiedLayerNormalization(last, norm.weight)");
     let gathered = format!("layers.{last}.attention.output");
-    assert_eq!(node(&graph, "last"), format!("Gather({gathered}, last.rows)"));
+    assert_eq!(node(&graph, "last"), format!("GatherND({gathered}, last.columns_apart)"));
     let (x, change) =
         (format!("layers.{}.mlp.output", last - 1), format!("layers.{last}.attention.o"));
     assert_eq!(node(&graph, &gathered), format!("Add({x}, {change})"));
     assert_eq!(
-        (node(&graph, "last.change"), count(&graph, "Gather")),
-        (String::new(), count(&parsed(&whole)?, "Gather") - 1)
+        (node(&graph, "last.change"), count(&graph, "GatherND")),
+        (String::new(), count(&parsed(&whole)?, "GatherND") - 1)
     );
     let graph = without(&[(last, ModuleKind::Attention), (last, ModuleKind::Mlp)])?;
-    assert_eq!(node(&graph, "last"), format!("Gather({x}, last.rows)"));
+    assert_eq!(node(&graph, "last"), format!("GatherND({x}, last.columns_apart)"));
     Ok(())
 }
 

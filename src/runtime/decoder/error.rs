@@ -125,14 +125,16 @@ pub enum Error {
         source: ort::Error,
     },
     /// The graph takes its decisions from outside, and was given none for these tokens.
-    #[error("the graph's {name} takes biases for {tokens} tokens; it was given {given}")]
+    #[error(
+        "the graph's {name} takes biases for tokens {tokens:?} [batch, sequence]; it was given those of {given:?}"
+    )]
     Unforced {
         /// The input.
         name: String,
         /// Tokens of the step.
-        tokens: usize,
+        tokens: [usize; 2],
         /// Tokens it was given biases for.
-        given: usize,
+        given: [usize; 2],
     },
     /// A cache of another number of layers.
     #[error("a cache of {found} layers does not fit the graph, which has {expected}")]
