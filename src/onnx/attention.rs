@@ -84,6 +84,11 @@ impl Context<'_> {
         ["rows", "key", "value"].map(|part| format!("{}.{place}.{part}", self.name))
     }
 
+    /// The same of a form of the core, whose rows are its context.
+    fn of_core(&self, form: &str) -> WithCache {
+        ["context", "key", "value"].map(|part| format!("{}.{form}.{part}", self.name))
+    }
+
     /// The shape of the caches.
     fn cache_shape(&self) -> Vec<Dim> {
         let Config { num_key_value_heads, head_dim, .. } = *self.config;
@@ -160,8 +165,8 @@ impl Context<'_> {
     /// A step of one token that is kept.
     fn one_kept(&self, b: &mut Builder, x: &str, normed: &str) -> WithCache {
         let place = format!("{}.one.kept", self.name);
-        let names = ["context", "key", "value"].map(|part| format!("{place}.{part}"));
         let projected = self.project_all(b, &place, normed);
+        let names = self.of_core("one.kept");
         let [context, key, value] = self.grouped(b, &projected, Seen::Told, &names);
         let change = b.linear(&format!("{place}.o"), &context, &self.attention.o, b.dtype);
         [b.op(&format!("{place}.output"), "Add", &[x, &change]), key, value]
@@ -189,8 +194,7 @@ impl Context<'_> {
         let rows = Rows::of(b, decision, &self.name);
         let q = self.kept_queries(b, &rows, normed);
         let conditional = decision.dispatch == Dispatch::Conditional;
-        let inside =
-            |form: &str| ["context", "key", "value"].map(|part| format!("{place}.{form}.{part}"));
+        let inside = |form: &str| self.of_core(&format!("several.{form}"));
         let joint = |b: &mut Builder, form: &str, seen| {
             let place = format!("{place}.{form}");
             if conditional && matches!(seen, Seen::Before) {

@@ -1,10 +1,10 @@
 //! The cache, and every token's attention over it.
 //!
 //! `GroupQueryAttention` appends to the cache in place where past and present are one buffer, and reads
-//! it once. It assumes padding on the right, so it is told what a query may see. Several tokens of several
-//! sequences it refuses on top of a cache, and turns wrongly where they are padded on the left: those go
-//! another way. So do chunks of which some tokens are skipped, because it computes as many queries as it
-//! appends keys.
+//! it once. It assumes padding on the right, so it is told what a query may see, but of a sequence without
+//! padding. Several tokens of several sequences it refuses on top of a cache, and turns wrongly where they
+//! are padded on the left: those go another way. So do chunks of which some tokens are skipped, because it
+//! computes as many queries as it appends keys.
 
 use super::attend::Queries;
 use super::heads::{Projected, heads_first};
@@ -26,7 +26,7 @@ pub(super) enum Seen {
 pub(super) struct Forms<'a> {
     /// Whether it has one token in each sequence.
     pub(super) single: &'a str,
-    /// Whether it is one sequence without padding, if that matters.
+    /// Whether it is one sequence without padding whose every query is computed, where that has a form.
     pub(super) whole: Option<&'a str>,
     /// What the results are called: of all forms, and of those of several tokens.
     pub(super) names: [&'a WithCache; 2],
@@ -51,19 +51,18 @@ impl Context<'_> {
         let Some(grouped) = &self.shared.grouped else {
             return self.appended_core(b, &self.name, projected, &names);
         };
-        let inside = |form: &str| {
-            ["context", "key", "value"].map(|part| format!("{}.{form}.{part}", self.name))
-        };
         let forms = Forms {
             single: &grouped.single,
             whole: grouped.whole.as_deref(),
-            names: [&names, &inside("several")],
+            names: [&names, &self.of_core("several")],
             shape: every_token(self.query_width()),
         };
-        let joint =
-            |b: &mut Builder, form: &str, seen| self.grouped(b, projected, seen, &inside(form));
+        let joint = |b: &mut Builder, form: &str, seen| {
+            self.grouped(b, projected, seen, &self.of_core(form))
+        };
         let chunk = |b: &mut Builder| {
-            self.appended_core(b, &format!("{}.chunk", self.name), projected, &inside("chunk"))
+            let place = format!("{}.chunk", self.name);
+            self.appended_core(b, &place, projected, &self.of_core("chunk"))
         };
         self.by_form(b, forms, joint, chunk)
     }
