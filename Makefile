@@ -8,7 +8,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 RUN = target/release/skipgpt-export
 
-.PHONY: all cuda demo test test-features test-mpi test-peers lint lint-cuda fmt runtime model bless clean-artifacts
+.PHONY: all cuda demo test test-features test-mpi test-peers lint lint-cuda fmt runtime runtimes model bless clean-artifacts
 
 all:
 	$(CARGO) build --release
@@ -21,13 +21,17 @@ cuda:
 runtime:
 	tests/runtime.sh $(PYTHON)
 
+# And the oldest versions that artifacts ask for.
+runtimes:
+	tests/runtime.sh $(PYTHON) 1.22 1.23
+
 model:
 	tests/model.sh $(PYTHON)
 
 demo: all runtime model
 	tests/demo.sh $(RUN)
 
-test: runtime model
+test: runtimes model
 	$(CARGO) test --workspace --locked
 
 # Installs Debian's Open MPI and libclang where they are missing and that is possible.
@@ -35,7 +39,7 @@ test-features test-mpi: runtime
 	tests/features.sh $(CARGO)
 
 # Rewrite golden files and expected messages.
-bless: runtime model
+bless: runtimes model
 	UPDATE_EXPECT=1 $(CARGO) test --workspace --locked
 
 test-peers: all runtime model

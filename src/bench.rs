@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use skipgpt_passes::ir::ModuleId;
 
-use crate::decoder::CacheEntry;
+use crate::decoder::{CacheEntry, Sequences};
 use crate::onnx::{force, without};
 use crate::runtime::{self, Runtime, session};
 use crate::{artifact, watch};
@@ -119,6 +119,17 @@ pub enum Error {
         /// What it should be.
         expected: &'static str,
     },
+    /// A batch for an artifact that takes none.
+    #[error(
+        "{workload}: {} takes one sequence at a time; export it with --sequences any, or leave the workload out",
+        artifact.display()
+    )]
+    OneSequence {
+        /// What was to be run.
+        workload: Workload,
+        /// Its directory.
+        artifact: PathBuf,
+    },
     /// The text does not reach.
     #[error(transparent)]
     Short(#[from] Short),
@@ -220,6 +231,16 @@ fn check(request: &Request, options: &Options) -> Result<(), Error> {
     if let Some(share) = options.force_skip.iter().find(|share| !(0.0..=1.0).contains(*share)) {
         let (name, expected) = ("--force-skip", "0 to 100 percent");
         return Err(Error::Option { name, value: 100.0 * share, expected });
+    }
+    let batch = request.workloads.iter().find(|workload| workload.sequences() > 1);
+    let one = |source: &&Source| {
+        let artifact = source.artifact.as_ref();
+        artifact.is_some_and(|artifact| artifact.manifest.options.sequences == Sequences::One)
+    };
+    if let Some(&workload) = batch
+        && let Some(source) = request.baseline.iter().chain(&request.artifacts).find(one)
+    {
+        return Err(Error::OneSequence { workload, artifact: source.directory.clone() });
     }
     let routed = |source: &Source| !source.routed().is_empty();
     if !options.force_skip.is_empty()

@@ -43,6 +43,27 @@ impl fmt::Display for Logits {
     }
 }
 
+/// Which sequences a decoder takes at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sequences {
+    /// Any number, padded on the left.
+    #[default]
+    Any,
+    /// One, without padding.
+    One,
+}
+
+/// As options and manifests spell it.
+impl fmt::Display for Sequences {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Any => "any",
+            Self::One => "one",
+        })
+    }
+}
+
 /// Every position's logits are needed, and a decoder gives those of the last one alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -122,6 +143,11 @@ pub trait Decoder {
     /// a decoder of [`Logits::Last`] fails.
     fn gives(&self) -> Logits {
         Logits::All
+    }
+
+    /// Which sequences it takes at once; of others a step fails.
+    fn takes(&self) -> Sequences {
+        Sequences::Any
     }
 
     /// What every layer gave in the last step; `None` where the decoder does not keep it.

@@ -201,8 +201,8 @@ mod tests {
             looked for ONNX Runtime in vain at
               --onnxruntime: not given
               target/runtime: /a/target/runtime: there is no such file or directory
-              Python package: /usr/lib/libonnxruntime.so.1.14.0: it is ONNX Runtime 1.14.0; 1.20.0 or later is needed
-            missing: ONNX Runtime 1.20.0 or later was not found
+              Python package: /usr/lib/libonnxruntime.so.1.14.0: it is ONNX Runtime 1.14.0; 1.22.0 or later is needed
+            missing: ONNX Runtime 1.22.0 or later was not found
               type: pip install onnxruntime==1.31.1
         "]]
         .assert_eq(&report.to_string());

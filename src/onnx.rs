@@ -1,7 +1,7 @@
 //! The back end: a lowered model becomes an ONNX graph.
 //!
 //! Opset 18 and ONNX Runtime's own `RotaryEmbedding`, `FusedMatMul` and
-//! `SkipSimplifiedLayerNormalization`: what every ONNX Runtime since 1.20 runs on CPU and CUDA without copies between them. One graph serves prefill, decode,
+//! `SkipSimplifiedLayerNormalization`: what ONNX Runtime runs on CPU and CUDA without copies between them. One graph serves prefill, decode,
 //! chunks on top of a cache, and batches padded on the left.
 
 mod attention;
@@ -26,36 +26,29 @@ pub use probe::probe;
 pub use router::{RouterMargins, router_margins};
 pub(crate) use stream::every_token;
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use skipgpt_passes::ir::{Config, DType, Phase};
 use skipgpt_passes::validate::Validated;
 
 use graph::{Attribute, Graph};
 
-use crate::decoder::Logits;
+use crate::decoder::{Logits, Sequences};
 use crate::runtime::Provider;
 
-/// The oldest ONNX Runtime that runs what is emitted here, quantised weights and grouped attention
-/// apart.
-pub const MINIMUM_ONNXRUNTIME: &str = "1.20";
+/// The oldest ONNX Runtime that runs what is emitted here, codes in bytes apart: its `GroupQueryAttention` adds an
+/// attention bias.
+pub const MINIMUM_ONNXRUNTIME: &str = "1.22";
 
-/// The oldest ONNX Runtime that runs `graph` on a CPU: [`MINIMUM_ONNXRUNTIME`], or later where
-/// weights are quantised. Tried with 1.20.1, 1.22.1 and 1.23.2.
+/// The oldest ONNX Runtime that runs `graph` on a CPU. Tests run both that may come of it.
 pub fn minimum_onnxruntime(graph: &Graph) -> &'static str {
-    let nodes = graph.all_nodes();
-    let eight = |node: &graph::Node| node.attributes.contains(&("bits", Attribute::Int(8)));
-    if nodes.iter().any(|node| node.op == "GatherBlockQuantized") {
-        // Codes in bytes.
-        "1.23"
-    } else if nodes
-        .iter()
-        .any(|node| node.op == "GroupQueryAttention" || (node.op == "MatMulNBits" && eight(node)))
-    {
-        // An attention bias; codes of eight bits.
-        "1.22"
-    } else {
-        MINIMUM_ONNXRUNTIME
-    }
+    let eight = ("bits", Attribute::Int(8));
+    let in_bytes = |node: &graph::Node| {
+        node.op == "GatherBlockQuantized"
+            || (node.op == "MatMulNBits" && node.attributes.contains(&eight))
+    };
+    if graph.all_nodes().into_iter().any(in_bytes) { "1.23" } else { MINIMUM_ONNXRUNTIME }
 }
 
 /// What the caller may choose.
@@ -70,6 +63,9 @@ pub struct Options {
     /// Of which positions the graph gives logits: the final norm and the head are computed for no
     /// others.
     pub logits: Logits,
+    /// Which sequences the graph takes. One alone needs no form for others, but operators that take it
+    /// whole: [`Attention::Grouped`] in `f32`.
+    pub sequences: Sequences,
 }
 
 /// How attention is lowered.
@@ -82,6 +78,16 @@ pub enum Attention {
     Grouped,
     /// Elementary operators alone: any head size, and `f32` on every provider.
     Decomposed,
+}
+
+/// As options spell it.
+impl fmt::Display for Attention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Grouped => "grouped",
+            Self::Decomposed => "decomposed",
+        })
+    }
 }
 
 impl Attention {
@@ -101,15 +107,33 @@ impl Attention {
     }
 }
 
-/// The model is not in the phase the back end takes.
+/// Why a model has no graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the ONNX back end takes Lowered models; this one is {0}: run lower-routers first")]
-pub struct WrongPhase(Phase);
+pub enum Error {
+    /// The model is not in the phase the back end takes.
+    #[error("the ONNX back end takes Lowered models; this one is {0}: run lower-routers first")]
+    Phase(Phase),
+    /// There is no form of attention for one sequence alone.
+    #[error(
+        "one sequence alone saves forms of grouped attention in f32 (weights in any precision), and this \
+         graph is {attention} in {dtype}: leave --sequences one out"
+    )]
+    OneSequence {
+        /// How attention is lowered.
+        attention: Attention,
+        /// Of hidden states and caches.
+        dtype: DType,
+    },
+}
 
 /// The graph of a lowered model. Inputs and outputs depend on the checkpoint and the plan alone.
-pub fn lower(model: Validated<'_>, options: Options) -> Result<Graph, WrongPhase> {
+pub fn lower(model: Validated<'_>, options: Options) -> Result<Graph, Error> {
+    let Options { attention, dtype, sequences, .. } = options;
+    if sequences == Sequences::One && (attention, dtype) != (Attention::Grouped, DType::F32) {
+        return Err(Error::OneSequence { attention, dtype });
+    }
     match model.phase() {
         Phase::Lowered => Ok(lower::lower(model.model(), options)),
-        phase => Err(WrongPhase(phase)),
+        phase => Err(Error::Phase(phase)),
     }
 }

@@ -48,7 +48,7 @@ pub enum Error {
     Invalid(#[from] Violations),
     /// The lowered model is not lowered: our bug.
     #[error(transparent)]
-    Phase(#[from] onnx::WrongPhase),
+    Phase(#[from] onnx::Error),
     /// The artifact's graph names its weights differently.
     #[error(
         "{}: has no initializer {name}; was it exported by another version, or from another checkpoint?",
@@ -221,6 +221,7 @@ fn matrices(
         emit_routing: options.emit_routing,
         attention: options.attention,
         logits: options.logits,
+        sequences: options.sequences,
     };
     let graph = onnx::lower(validate(&model)?, options)?;
     let placements = proto::placements(&artifact.read(names::MODEL)?)?;

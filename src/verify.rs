@@ -220,8 +220,14 @@ pub fn run<R: Follow, A: Decoder>(
         }
     }
     let mut done = Vec::new();
-    let (logits, apart) = (artifact.gives(), artifact.take_one_token_apart(false));
-    for case in cases::cases(prompts, (vocab, logits, apart), options) {
+    let logits = artifact.gives();
+    let asked = cases::Asked {
+        vocab,
+        logits,
+        sequences: artifact.takes(),
+        apart: artifact.take_one_token_apart(false),
+    };
+    for case in cases::cases(prompts, asked, options) {
         done.push(drive::run(reference, artifact, &case, options, progress)?);
     }
     Ok(Report::new(done, options, logits, start.elapsed()))

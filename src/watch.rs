@@ -10,7 +10,7 @@ use skipgpt_passes::ir::DType;
 
 use crate::artifact::manifest::Router;
 use crate::artifact::{self, Artifact, names};
-use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
+use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing, Sequences};
 use crate::onnx::graph::{Element, Value};
 use crate::onnx::{self, proto};
 use crate::runtime::session::Provider;
@@ -181,6 +181,10 @@ impl Decoder for Watched {
 
     fn gives(&self) -> Logits {
         self.decoder.gives()
+    }
+
+    fn takes(&self) -> Sequences {
+        self.decoder.takes()
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use onnx_protobuf::{GraphProto, Message, ModelProto, TensorProto};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::{self, Checkpoint};
-use skipgpt_export::decoder::Logits;
+use skipgpt_export::decoder::{Logits, Sequences};
 use skipgpt_export::onnx::{self, graph::Graph};
 use skipgpt_export::weights;
 use skipgpt_passes::ir::{DType, Dispatch, Model};
@@ -40,8 +40,13 @@ fn lower(checkpoint: &Checkpoint, fuse: bool) -> Result<(Model, Graph, Plan)> {
     let mut model = checkpoint.model.clone();
     run(PASSES, &mut model, &plan, |_, _| {})?;
     let attention = onnx::Attention::for_config(&model.config);
-    let options =
-        onnx::Options { dtype: DType::F32, emit_routing: true, attention, logits: Logits::All };
+    let options = onnx::Options {
+        dtype: DType::F32,
+        emit_routing: true,
+        attention,
+        logits: Logits::All,
+        sequences: Sequences::Any,
+    };
     let graph = onnx::lower(validate(&model)?, options)?;
     Ok((model, graph, plan))
 }
@@ -65,6 +70,7 @@ fn export(output: &Path, weights: manifest::Weights) -> Result<(Checkpoint, Grap
             emit_routing: true,
             attention: onnx::Attention::for_config(&model.config),
             logits: Logits::All,
+            sequences: Sequences::Any,
             prune_below: None,
             always_above: None,
         },

@@ -8,7 +8,7 @@ use expect_test::expect_file;
 use ndarray::s;
 use skipgpt_export::artifact::{self, Artifact, manifest};
 use skipgpt_export::checkpoint::{self, Checkpoint, Request};
-use skipgpt_export::decoder::{Decoder, Input, Logits};
+use skipgpt_export::decoder::{Decoder, Input, Logits, Sequences};
 use skipgpt_export::generate;
 use skipgpt_export::model::Reference;
 use skipgpt_export::onnx;
@@ -105,7 +105,8 @@ pub(crate) fn export_as(
     })
     .unwrap();
     let attention = onnx::Attention::auto(&model.config, dtype, Provider::Cpu);
-    let options = onnx::Options { dtype, emit_routing: false, attention, logits: Logits::All };
+    let (logits, sequences) = (Logits::All, Sequences::Any);
+    let options = onnx::Options { dtype, emit_routing: false, attention, logits, sequences };
     let graph = onnx::lower(validate(&model).unwrap(), options).unwrap();
     let directory = TempDir::new().unwrap();
     let output = directory.path().join("artifact");
@@ -125,7 +126,8 @@ pub(crate) fn export_as(
             dispatch: Some(dispatch),
             emit_routing: false,
             attention,
-            logits: Logits::All,
+            logits,
+            sequences,
             prune_below: None,
             always_above: None,
         },

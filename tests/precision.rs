@@ -118,7 +118,7 @@ fn embedding_and_head_stay_floats_where_planned() {
 #[test]
 fn the_oldest_runtime_follows_from_the_operators() {
     for (bits, embedding, oldest) in
-        [(Bits::Four, true, "1.23"), (Bits::Eight, false, "1.22"), (Bits::Four, false, "1.22")]
+        [(Bits::Four, true, "1.23"), (Bits::Eight, false, "1.23"), (Bits::Four, false, "1.22")]
     {
         let scheme = Scheme { bits, ..SCHEME };
         let quantization = Quantization { scheme, embedding, head: true };

@@ -12,8 +12,10 @@ mod import;
 mod logits;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod oldest;
 mod oracle;
 mod precision;
 mod runtime;
+mod sequences;
 mod train;
 mod verification;

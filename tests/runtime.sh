@@ -1,32 +1,36 @@
 #!/usr/bin/env bash
-# Unpacks ONNX Runtime's shared library into target/runtime, where the tool and the tests look.
-# Does nothing where the pinned version is already there.
+# Unpacks ONNX Runtime's shared library into target/runtime, where the tool and the tests look; with older
+# versions (1.22 …), for which there are pins too, these into target/runtime-VERSION.
+# Does nothing where the pinned version is already there. Usage: tests/runtime.sh PYTHON [VERSION...]
 set -euo pipefail
+python=${1:-python3}
+shift || true
 cd "$(dirname "$0")/.."
 
-requirements=fixtures/requirements-runtime.txt
-version=$(sed -n 's/^onnxruntime==\([0-9.]*\).*/\1/p' "$requirements")
-folder=target/runtime
-library=$folder/onnxruntime/capi/libonnxruntime.so.$version
-if [ -f "$library" ]; then
-  echo "$library is there"
-  exit 0
-fi
-if ! python3 -m pip --version >/dev/null 2>&1; then
-  echo "runtime.sh: Python 3 with pip is needed to fetch ONNX Runtime $version;" \
-    "Debian and Ubuntu: apt-get install python3-pip" >&2
-  exit 2
-fi
+unpack() { # SUFFIX
+  local requirements=fixtures/requirements-runtime$1.txt folder=target/runtime$1 version library wheels
+  version=$(sed -n 's/^onnxruntime==\([0-9.]*\).*/\1/p' "$requirements")
+  library=$folder/onnxruntime/capi/libonnxruntime.so.$version
+  if [ -f "$library" ]; then
+    echo "$library is there"
+    return
+  fi
+  if ! "$python" -m pip --version >/dev/null 2>&1; then
+    echo "runtime.sh: Python 3 with pip is needed to fetch ONNX Runtime $version;" \
+      "Debian and Ubuntu: apt-get install python3-pip" >&2
+    exit 2
+  fi
 
-wheels=$(mktemp -d)
-trap 'rm -rf "$wheels"' EXIT
-python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-  --implementation cp --python-version 3.11 --abi cp311 --platform manylinux_2_28_x86_64 \
-  --require-hashes --dest "$wheels" --requirement "$requirements"
+  wheels=$(mktemp -d)
+  # shellcheck disable=SC2064 # of this call
+  trap "rm -rf '$wheels'" EXIT
+  "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+    --implementation cp --python-version 3.11 --abi cp311 --platform manylinux_2_28_x86_64 \
+    --require-hashes --dest "$wheels" --requirement "$requirements"
 
-# Unpacked beside its place and renamed, so that an interrupted run leaves no half library.
-rm -rf "$folder" "$folder.new"
-python3 - "$wheels" "$folder.new" <<'PYTHON'
+  # Unpacked beside its place and renamed, so that an interrupted run leaves no half library.
+  rm -rf "$folder" "$folder.new"
+  "$python" - "$wheels" "$folder.new" <<'PYTHON'
 import pathlib, sys, zipfile
 
 wheels, folder = map(pathlib.Path, sys.argv[1:])
@@ -36,5 +40,11 @@ with zipfile.ZipFile(wheel) as archive:
         if name.startswith("onnxruntime/capi/libonnxruntime.so"):
             archive.extract(name, folder)
 PYTHON
-mv "$folder.new" "$folder"
-echo "$library unpacked"
+  mv "$folder.new" "$folder"
+  rm -rf "$wheels"
+  echo "$library unpacked"
+}
+
+for suffix in "" "${@/#/-}"; do
+  unpack "$suffix"
+done

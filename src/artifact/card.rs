@@ -4,8 +4,8 @@ use std::fmt::{self, Write as _};
 
 use skipgpt_passes::ir::ModuleId;
 
-use super::manifest::{Format, GraphFacts, Manifest};
-use crate::decoder::Logits;
+use super::manifest::{Format, GraphFacts, Manifest, Options};
+use crate::decoder::{Logits, Sequences};
 
 /// The text of `README.md`. `manifest.outputs` need not be filled in.
 pub fn text(manifest: &Manifest) -> String {
@@ -46,7 +46,7 @@ fn write_card(text: &mut String, manifest: &Manifest) -> fmt::Result {
     )?;
     routing(text, manifest)?;
     if let Some(graph) = &manifest.graph {
-        running(text, graph, manifest.options.logits)?;
+        running(text, graph, &manifest.options)?;
     }
     writeln!(text, "## Where it comes from\n")?;
     writeln!(text, "| read | bytes | sha256 |\n|---|---|---|")?;
@@ -95,7 +95,7 @@ fn names(text: &mut String, what: &str, modules: &[ModuleId]) -> fmt::Result {
     writeln!(text, "- {what}: {}", list.join(", "))
 }
 
-fn running(text: &mut String, graph: &GraphFacts, logits: Logits) -> fmt::Result {
+fn running(text: &mut String, graph: &GraphFacts, options: &Options) -> fmt::Result {
     writeln!(text, "## Running it\n")?;
     writeln!(
         text,
@@ -107,7 +107,14 @@ fn running(text: &mut String, graph: &GraphFacts, logits: Logits) -> fmt::Result
          model = og.Model(\".\")\n```\n",
         graph.min_onnxruntime
     )?;
-    match logits {
+    if options.sequences == Sequences::One {
+        writeln!(
+            text,
+            "It takes one sequence at a time, without padding; ONNX Runtime refuses more. For batches it \
+             must be exported with `--sequences any`.\n"
+        )?;
+    }
+    match options.logits {
         Logits::All => Ok(()),
         Logits::Last => writeln!(
             text,

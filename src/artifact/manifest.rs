@@ -13,7 +13,7 @@ use skipgpt_passes::ir::{self, DType, Dispatch, ModuleId};
 use skipgpt_passes::plan::{Plan, Quantization};
 
 use super::{Error, names};
-use crate::decoder::Logits;
+use crate::decoder::{Logits, Sequences};
 use crate::inspect::Work;
 use crate::onnx::graph::Graph;
 use crate::onnx::{Attention, proto};
@@ -88,6 +88,9 @@ pub struct Options {
     /// Of which positions the graph gives logits; every one where an earlier build did not say.
     #[serde(default)]
     pub logits: Logits,
+    /// Which sequences the graph takes; any where an earlier build did not say.
+    #[serde(default)]
+    pub sequences: Sequences,
     /// Modules kept for at most this share of tokens were removed.
     pub prune_below: Option<f64>,
     /// Modules kept for at least this share of tokens lost their router.

@@ -195,6 +195,7 @@ pub(crate) fn options(weights: Weights) -> Options {
         emit_routing: false,
         attention: crate::onnx::Attention::Decomposed,
         logits: crate::decoder::Logits::All,
+        sequences: crate::decoder::Sequences::Any,
         prune_below: Some(0.1),
         always_above: None,
     }
@@ -236,7 +237,7 @@ impl Bench {
             plan: &self.plan,
             passes: &["merge-lora", "freeze-routers"],
             options: options(weights),
-            min_onnxruntime: "1.20",
+            min_onnxruntime: "1.22",
         }
     }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
-use skipgpt_export::decoder::Logits;
+use skipgpt_export::decoder::{Logits, Sequences};
 use skipgpt_export::profile;
 use skipgpt_export::{inspect, onnx, plan, safetensors};
 use skipgpt_passes::ir::{Config, Dispatch, Model};
@@ -60,6 +60,9 @@ pub(crate) struct Arguments {
     /// The positions whose logits the graph gives (ONNX)
     #[arg(long, value_enum, default_value_t = LogitsArgument::All)]
     logits: LogitsArgument,
+    /// Which sequences the graph takes (ONNX): one alone is decoded faster by clients that open one session
+    #[arg(long, value_enum, default_value_t = SequencesArgument::Any)]
+    sequences: SequencesArgument,
     /// Print the IR after this pass
     #[arg(long, value_name = "PASS")]
     print_after: Option<String>,
@@ -127,6 +130,23 @@ impl From<LogitsArgument> for Logits {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SequencesArgument {
+    /// Any number, padded on the left
+    Any,
+    /// One at a time, without padding; grouped attention in f32
+    One,
+}
+
+impl From<SequencesArgument> for Sequences {
+    fn from(argument: SequencesArgument) -> Self {
+        match argument {
+            SequencesArgument::Any => Self::Any,
+            SequencesArgument::One => Self::One,
+        }
+    }
+}
+
 impl AttentionArgument {
     fn attention(self, config: &Config, arguments: &Arguments) -> Result<onnx::Attention> {
         let possible = onnx::Attention::for_config(config);
@@ -169,6 +189,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     if arguments.format == FormatArgument::Safetensors && arguments.logits == LogitsArgument::Last {
         bail!("--logits last: --format safetensors holds no graph; it is for ONNX");
     }
+    if arguments.format == FormatArgument::Safetensors
+        && arguments.sequences == SequencesArgument::One
+    {
+        bail!("--sequences one: --format safetensors holds no graph; it is for ONNX");
+    }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;
     let attention = arguments.attention.attention(&checkpoint.model.config, arguments)?;
@@ -201,6 +226,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                 emit_routing: arguments.emit_routing,
                 attention,
                 logits: arguments.logits.into(),
+                sequences: arguments.sequences.into(),
             };
             let graph = onnx::lower(validate(&model)?, options)?;
             artifact::write(
@@ -326,6 +352,7 @@ fn recorded(arguments: &Arguments, attention: onnx::Attention) -> manifest::Opti
         emit_routing: arguments.emit_routing,
         attention,
         logits: arguments.logits.into(),
+        sequences: arguments.sequences.into(),
         prune_below: arguments.prune_below,
         always_above: arguments.always_above,
     }

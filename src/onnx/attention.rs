@@ -14,7 +14,7 @@ use super::builder::{Builder, Name};
 use super::dispatch::{self, Rows};
 use super::graph::Dim;
 use super::router::Decision;
-use super::stream::{Stream, every_token};
+use super::stream::Stream;
 
 mod attend;
 mod core;
@@ -23,7 +23,7 @@ mod shared;
 
 pub(super) use shared::{Shared, preamble};
 
-use core::{Cache, Forms, Seen};
+use core::{Cache, Forms, Seen, When};
 use heads::{Projected, heads_first};
 
 /// Where the module stands and what it may use.
@@ -90,12 +90,12 @@ impl Context<'_> {
     }
 
     /// The shape of the caches.
-    fn cache_shape(&self) -> Vec<Dim> {
+    fn cache_shape(&self, b: &Builder) -> Vec<Dim> {
         let Config { num_key_value_heads, head_dim, .. } = *self.config;
         let (heads, width_of_head) = (Dim::Fixed(num_key_value_heads), Dim::Fixed(head_dim));
         // The cached tokens, or more where the buffer is longer.
         let length = Dim::Open;
-        vec![Dim::Symbolic("batch"), heads, length, width_of_head]
+        vec![b.batch(), heads, length, width_of_head]
     }
 
     /// The shape of the context of kept tokens.
@@ -114,7 +114,8 @@ impl Context<'_> {
         otherwise: impl FnOnce(&mut Builder) -> WithCache,
     ) -> WithCache {
         let [rows, key, value] = names.each_ref().map(String::as_str);
-        let outputs = [(rows, of_rows), (key, self.cache_shape()), (value, self.cache_shape())];
+        let cache = self.cache_shape(b);
+        let outputs = [(rows, of_rows), (key, cache.clone()), (value, cache)];
         b.branch(&outputs, condition, then, otherwise)
     }
 
@@ -149,16 +150,16 @@ impl Context<'_> {
     /// One token that is kept, which is told at once; else one that is not, or several.
     fn conditional(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
         let outputs = self.outputs(&format!("{}.output", self.name));
-        let rows = || every_token(self.config.hidden_size);
+        let rows = b.every_token(self.config.hidden_size);
         let otherwise = |b: &mut Builder| {
             let skip = |b: &mut Builder| self.one_skipped(b, x, normed);
             let several =
                 |b: &mut Builder| self.several(b, decision, x, normed, self.inner("several"));
             let one = dispatch::ONE_TOKEN;
-            self.branch(b, &self.inner("otherwise"), rows(), one, skip, several)
+            self.branch(b, &self.inner("otherwise"), rows.clone(), one, skip, several)
         };
         let run = |b: &mut Builder| self.one_kept(b, x, normed);
-        let [output, ..] = self.branch(b, &outputs, rows(), decision.any(), run, otherwise);
+        let [output, ..] = self.branch(b, &outputs, rows.clone(), decision.any(), run, otherwise);
         output
     }
 
@@ -167,7 +168,7 @@ impl Context<'_> {
         let place = format!("{}.one.kept", self.name);
         let projected = self.project_all(b, &place, normed);
         let names = self.of_core("one.kept");
-        let [context, key, value] = self.grouped(b, &projected, Seen::Told, &names);
+        let [context, key, value] = self.grouped(b, &projected, Seen::by_one_token(b), &names);
         let change = b.linear(&format!("{place}.o"), &context, &self.attention.o, b.dtype);
         [b.op(&format!("{place}.output"), "Add", &[x, &change]), key, value]
     }
@@ -195,15 +196,15 @@ impl Context<'_> {
         let q = self.kept_queries(b, &rows, normed);
         let conditional = decision.dispatch == Dispatch::Conditional;
         let inside = |form: &str| self.of_core(&format!("several.{form}"));
-        let joint = |b: &mut Builder, form: &str, seen| {
+        let joint = |b: &mut Builder, form: &str, seen, names: &WithCache| {
             let place = format!("{place}.{form}");
             if conditional && matches!(seen, Seen::Before) {
                 let projected = Projected::Apart([q.clone(), k.clone(), v.clone()]);
-                return self.grouped(b, &projected, seen, &inside(form));
+                return self.grouped(b, &projected, seen, names);
             }
             let q = rows.scatter(b, &format!("{place}.q"), self.zero_queries(), &q);
             let projected = Projected::Apart([q, k.clone(), v.clone()]);
-            let [context, key, value] = self.grouped(b, &projected, seen, &inside(form));
+            let [context, key, value] = self.grouped(b, &projected, seen, names);
             [rows.gather(b, &format!("{place}.context.rows"), &context), key, value]
         };
         let chunk = |b: &mut Builder| {
@@ -227,19 +228,16 @@ impl Context<'_> {
             [context, key, value]
         };
         let context = format!("{}.context.kept", self.name);
-        let grouped = self.shared.grouped.as_ref();
-        let mut whole = grouped.and_then(|grouped| grouped.whole.clone());
-        if conditional {
+        let Forms { single, mut whole } = self.shared.forms();
+        if conditional && !matches!(whole, When::Never) {
             // A sequence that skips some goes without their queries.
-            whole = whole.map(|whole| rows.all(b, &self.name, &whole));
+            let all = rows.all(b, &self.name);
+            whole = whole.and(b, &format!("{}.all.besides", self.name), all);
         }
-        let forms = Forms {
-            single: grouped.map_or("", |grouped| &grouped.single),
-            whole: whole.as_deref(),
-            names: [&[context, key, value], &inside("several")],
-            shape: self.kept_shape(),
-        };
-        let [context, key, value] = self.by_form(b, forms, joint, chunk);
+        let names = (&[context, key, value], &inside as &dyn Fn(&str) -> WithCache);
+        let forms = Forms { single, whole };
+        let [context, key, value] =
+            self.by_form(b, &forms, names, &self.kept_shape(), joint, chunk);
         [self.add_output(b, &rows, x, &context, &output), key, value]
     }
 

@@ -5,6 +5,7 @@ use skipgpt_passes::ir::{DType, Linear, Weight};
 
 use super::graph::{Attribute, Data, Dim, Element, Graph, Initializer, Node, Value};
 use super::quantized::quantized;
+use crate::decoder::Sequences;
 
 /// The domain of ONNX Runtime's own operators.
 pub(super) const MICROSOFT: &str = "com.microsoft";
@@ -13,6 +14,8 @@ pub(super) const MICROSOFT: &str = "com.microsoft";
 pub(super) struct Builder {
     /// The dtype of weights, hidden states and caches.
     pub(super) dtype: DType,
+    /// Which sequences the graph takes.
+    pub(super) sequences: Sequences,
     nodes: Vec<Node>,
     /// Small values that any graph may read.
     constants: Vec<Initializer>,
@@ -26,8 +29,22 @@ pub(super) struct Builder {
 pub(super) type Name = String;
 
 impl Builder {
-    pub(super) fn new(dtype: DType) -> Self {
-        Self { dtype, nodes: Vec::new(), constants: Vec::new(), weights: Vec::new(), depth: 0 }
+    pub(super) fn new(dtype: DType, sequences: Sequences) -> Self {
+        let (nodes, constants, weights) = (Vec::new(), Vec::new(), Vec::new());
+        Self { dtype, sequences, nodes, constants, weights, depth: 0 }
+    }
+
+    /// How many sequences a step has.
+    pub(super) const fn batch(&self) -> Dim {
+        match self.sequences {
+            Sequences::Any => Dim::Symbolic("batch"),
+            Sequences::One => Dim::Fixed(1),
+        }
+    }
+
+    /// The shape of a value of every token.
+    pub(super) fn every_token(&self, width: usize) -> Vec<Dim> {
+        vec![self.batch(), Dim::Symbolic("sequence"), Dim::Fixed(width)]
     }
 
     /// A node with one output, which gives it its name.

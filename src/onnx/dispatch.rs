@@ -6,7 +6,7 @@ use skipgpt_passes::ir::{DType, Dispatch, Routing};
 use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element};
 use super::router::Decision;
-use super::stream::{Stream, every_token};
+use super::stream::Stream;
 
 /// The place of every token, its row and its column, `[1, tokens, 2]`.
 const PLACES: &str = "dispatch.places";
@@ -120,7 +120,8 @@ fn one_or_several(
         let rows = Rows::of(b, decision, &sum);
         [rows.add(b, &format!("{sum}.several"), x, &change)]
     };
-    let [sum] = b.branch(&[(&*sum, every_token(width))], ONE_TOKEN, one, several);
+    let shape = b.every_token(width);
+    let [sum] = b.branch(&[(&*sum, shape)], ONE_TOKEN, one, several);
     sum
 }
 
@@ -136,7 +137,8 @@ pub(super) fn if_any(
     let skipped = format!("{}.skipped", decision.place);
     let run = |b: &mut Builder| [run(b)];
     let skip = |b: &mut Builder| [b.op(&skipped, "Identity", &[x])];
-    let [output] = b.branch(&[(output, every_token(width))], decision.any(), run, skip);
+    let shape = b.every_token(width);
+    let [output] = b.branch(&[(output, shape)], decision.any(), run, skip);
     output
 }
 
@@ -155,11 +157,10 @@ impl Rows {
         b.cast_to(&format!("{place}.any"), &count, Element::Bool)
     }
 
-    /// Whether these are all tokens, and `besides`.
-    pub(super) fn all(&self, b: &mut Builder, place: &str, besides: &str) -> Name {
+    /// Whether these are all tokens.
+    pub(super) fn all(&self, b: &mut Builder, place: &str) -> Name {
         let count = b.op(&format!("{place}.kept.count"), "Size", &[&self.places]);
-        let all = b.op(&format!("{place}.all"), "Equal", &[&count, PLACES_COUNT]);
-        b.op(&format!("{place}.all.besides"), "And", &[&all, besides])
+        b.op(&format!("{place}.all"), "Equal", &[&count, PLACES_COUNT])
     }
 
     /// Whether each token is kept, `[tokens]`.

@@ -20,7 +20,7 @@ pub const ROUTING: &str = "routing_margins";
 /// Lowers a model whose every module says how it is dispatched.
 pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let config = &model.config;
-    let mut b = Builder::new(options.dtype);
+    let mut b = Builder::new(options.dtype, options.sequences);
     let embedding = embedding_rows(&mut b, model);
     let shared = attention::preamble(&mut b, model, options.attention == Attention::Grouped);
     let mut stream = Stream::Value(embed(&mut b, model, embedding.as_deref()));
@@ -29,6 +29,7 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
         stream = lower_layer(&mut b, &shared, model, layer, stream);
     }
 
+    let batch = b.batch();
     let mut positions = SEQUENCE;
     if options.logits == Logits::Last {
         let last = shared.last_columns(&mut b);
@@ -40,35 +41,38 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let mut outputs = vec![Value {
         name: "logits".into(),
         element: Element::Float(DType::F32),
-        shape: vec![BATCH, positions, Dim::Fixed(config.vocab_size)],
+        shape: vec![batch.clone(), positions, Dim::Fixed(config.vocab_size)],
     }];
-    outputs.extend(caches(model, options.dtype, "present", Dim::Symbolic("total_sequence")));
+    let caches = |prefix, length| caches(model, options.dtype, prefix, [batch.clone(), length]);
+    outputs.extend(caches("present", Dim::Symbolic("total_sequence")));
     let routers = router::router_margins(model);
     if options.emit_routing && !routers.is_empty() {
         outputs.push(emit_routing(&mut b, &routers));
     }
-    let mut inputs = token_inputs();
-    inputs.extend(caches(model, options.dtype, "past_key_values", Dim::Symbolic("past_sequence")));
+    let mut inputs = token_inputs(&batch);
+    inputs.extend(caches("past_key_values", Dim::Symbolic("past_sequence")));
     b.finish("skipgpt", inputs, outputs)
 }
 
-const BATCH: Dim = Dim::Symbolic("batch");
 const SEQUENCE: Dim = Dim::Symbolic("sequence");
 
-fn token_inputs() -> Vec<Value> {
-    let integers = |name: &str, shape| Value { name: name.into(), element: Element::Int64, shape };
+fn token_inputs(batch: &Dim) -> Vec<Value> {
+    let integers = |name: &str, tokens| {
+        let shape = vec![batch.clone(), tokens];
+        Value { name: name.into(), element: Element::Int64, shape }
+    };
     vec![
-        integers("input_ids", vec![BATCH, SEQUENCE]),
-        integers("attention_mask", vec![BATCH, Dim::Symbolic("total_sequence")]),
-        integers("position_ids", vec![BATCH, SEQUENCE]),
+        integers("input_ids", SEQUENCE),
+        integers("attention_mask", Dim::Symbolic("total_sequence")),
+        integers("position_ids", SEQUENCE),
     ]
 }
 
 /// The caches of every layer that has attention, under the layer's place in the checkpoint.
-fn caches(model: &Model, dtype: DType, prefix: &str, length: Dim) -> Vec<Value> {
+fn caches(model: &Model, dtype: DType, prefix: &str, [batch, length]: [Dim; 2]) -> Vec<Value> {
     let config = &model.config;
     let shape =
-        vec![BATCH, Dim::Fixed(config.num_key_value_heads), length, Dim::Fixed(config.head_dim)];
+        vec![batch, Dim::Fixed(config.num_key_value_heads), length, Dim::Fixed(config.head_dim)];
     let cached = model.cached_layers();
     cached
         .flat_map(|layer| {
@@ -166,7 +170,7 @@ fn emit_routing(b: &mut Builder, routers: &[RouterMargins]) -> Value {
     Value {
         name: ROUTING.into(),
         element: Element::Float(DType::F32),
-        shape: vec![Dim::Fixed(modules), BATCH, SEQUENCE],
+        shape: vec![Dim::Fixed(modules), b.batch(), SEQUENCE],
     }
 }
 

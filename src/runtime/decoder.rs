@@ -18,7 +18,7 @@ use super::interface::{
 };
 use super::tensor::{from_floats, from_integers, to_array, to_ranked};
 use super::{Provider, Session};
-use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing};
+use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing, Sequences};
 use crate::onnx::proto::SHARED_BUFFER;
 
 mod cache;
@@ -248,6 +248,11 @@ impl OnnxDecoder {
         if (input.logits, self.interface.logits) == (Logits::All, Logits::Last) && sequence > 1 {
             return Err(Error::LastOnly { sequence });
         }
+        let padded =
+            input.mask.rows().into_iter().filter(|row| row.iter().any(|&m| m == 0)).count();
+        if self.interface.sequences == Sequences::One && (batch, padded) != (1, 0) {
+            return Err(Error::OneSequence { batch, padded });
+        }
         let (cached_batch, cached) =
             self.cache.as_ref().map_or((batch, 0), |cache| (cache.batch, cache.length));
         let shaped = |name, expected: [usize; 2], (rows, columns): (usize, usize)| {
@@ -356,6 +361,10 @@ impl Decoder for OnnxDecoder {
 
     fn gives(&self) -> Logits {
         self.interface.logits
+    }
+
+    fn takes(&self) -> Sequences {
+        self.interface.sequences
     }
 }
 

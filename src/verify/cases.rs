@@ -12,14 +12,14 @@
 //! | `one-token` | 1 | as `greedy-1` | as `greedy-1`, in the session for steps of one token |
 //!
 //! There is a `greedy-N` for each prompt, but for the first one alone where the prompts are drawn.
-//! Every step asks for all logits, or for the last ones where the artifact gives no others. The steps
+//! An artifact that takes one sequence at a time has no `batch` and no `chunked-batch`. Every step asks for all logits, or for the last ones where the artifact gives no others. The steps
 //! after the prompt feed both decoders the reference's most likely tokens, in `greedy-N`
 //! the artifact's.
 
 use ndarray::s;
 
 use super::Options;
-use crate::decoder::{Input, Logits};
+use crate::decoder::{Input, Logits, Sequences};
 use crate::random::draw;
 
 /// Lengths of the prompts that are drawn where none are given.
@@ -38,6 +38,19 @@ pub(super) struct Case {
     pub(super) one_token_apart: bool,
 }
 
+/// What an artifact is asked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    /// Number of tokens in the vocabulary.
+    pub(super) vocab: usize,
+    /// Of which positions it gives logits.
+    pub(super) logits: Logits,
+    /// Which sequences it takes.
+    pub(super) sequences: Sequences,
+    /// Whether it may take steps of one token another way.
+    pub(super) apart: bool,
+}
+
 /// What follows the prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Then {
@@ -52,11 +65,10 @@ pub fn drawn(vocab: usize, seed: u64) -> Vec<Vec<i64>> {
     DRAWN.iter().zip(seed..).map(|(length, seed)| draw(vocab, seed, *length)).collect()
 }
 
-/// Every case, in the order they run, for an artifact that gives these logits and may take steps of one
-/// token `apart`.
+/// Every case, in the order they run.
 pub(super) fn cases(
     prompts: &[Vec<i64>],
-    (vocab, logits, apart): (usize, Logits, bool),
+    Asked { vocab, logits, sequences, apart }: Asked,
     options: &Options,
 ) -> Vec<Case> {
     let drawn = drawn(vocab, options.seed);
@@ -88,6 +100,9 @@ pub(super) fn cases(
     };
     let texts = texts.iter().enumerate();
     cases.extend(texts.map(|(index, prompt)| greedy(&format!("greedy-{}", index + 1), prompt)));
+    if sequences == Sequences::One {
+        cases.retain(|case| case.prompt[0].batch() == 1);
+    }
     if apart {
         cases.push(Case { one_token_apart: true, ..greedy("one-token", first) });
     }
@@ -147,6 +162,10 @@ mod tests {
         Options::new("cpu", "1.0", DType::F32)
     }
 
+    fn asked(vocab: usize, sequences: Sequences, apart: bool) -> Asked {
+        Asked { vocab, logits: Logits::All, sequences, apart }
+    }
+
     fn named<'a>(cases: &'a [Case], name: &str) -> &'a Case {
         cases.iter().find(|case| case.name == name).unwrap()
     }
@@ -174,7 +193,7 @@ mod tests {
 
     #[test]
     fn drawn_cases_cover_padding_and_chunks() {
-        let cases = cases(&[], (1000, Logits::All, true), &options());
+        let cases = cases(&[], asked(1000, Sequences::Any, true), &options());
         let names: Vec<_> = cases.iter().map(|case| case.name.as_str()).collect();
         assert_eq!(
             names,
@@ -198,6 +217,19 @@ mod tests {
     }
 
     #[test]
+    fn one_sequence_alone_has_no_batches() {
+        let cases = cases(&[], asked(1000, Sequences::One, false), &options());
+        let names: Vec<_> = cases.iter().map(|case| case.name.as_str()).collect();
+        assert_eq!(names, ["prefill", "single-token", "decode", "chunked", "greedy-1"]);
+        assert!(
+            cases
+                .iter()
+                .flat_map(|case| &case.prompt)
+                .all(|input| input.mask.iter().all(|&m| m == 1))
+        );
+    }
+
+    #[test]
     fn any_prompts_give_unequal_rows_and_chunks() {
         let tokens = |n: i64| (0..n).collect::<Vec<_>>();
         for prompts in [
@@ -208,7 +240,7 @@ mod tests {
             vec![tokens(1), tokens(5), tokens(2)],
             vec![tokens(3), tokens(1), tokens(40)],
         ] {
-            let cases = cases(&prompts, (100, Logits::All, false), &options());
+            let cases = cases(&prompts, asked(100, Sequences::Any, false), &options());
             let batch = &named(&cases, "batch").prompt[0];
             assert!(batch.mask.iter().any(|&real| real == 0), "{prompts:?}");
             check_chunks(named(&cases, "chunked-batch"), batch);

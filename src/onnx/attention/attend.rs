@@ -9,6 +9,7 @@ use skipgpt_passes::ir::{Config, DType};
 use super::Context;
 use super::core::Cache;
 use super::heads::{heads_first, swap_middle, together};
+use crate::decoder::Sequences;
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::dispatch::Rows;
 use crate::onnx::graph::Attribute;
@@ -58,6 +59,10 @@ impl Context<'_> {
         let compact = |b: &mut Builder| {
             [self.attend(b, &one, &Queries::Kept(q, rows), cache, &format!("{one}.context"))]
         };
+        if b.sequences == Sequences::One {
+            let [context] = compact(b);
+            return context;
+        }
         let in_place = |b: &mut Builder| {
             let context = self.core_in_place(b, &all, rows, q, cache);
             [rows.gather(b, &format!("{all}.context.rows"), &context)]

@@ -9,9 +9,9 @@
 use super::attend::Queries;
 use super::heads::{Projected, heads_first};
 use super::{Context, WithCache};
+use crate::decoder::Sequences;
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::graph::{Attribute, Dim};
-use crate::onnx::stream::every_token;
 
 /// How `GroupQueryAttention` knows which keys a query may see.
 #[derive(Debug, Clone, Copy)]
@@ -22,16 +22,43 @@ pub(super) enum Seen {
     Told,
 }
 
-/// The forms of a step.
-pub(super) struct Forms<'a> {
-    /// Whether it has one token in each sequence.
-    pub(super) single: &'a str,
-    /// Whether it is one sequence without padding whose every query is computed, where that has a form.
-    pub(super) whole: Option<&'a str>,
-    /// What the results are called: of all forms, and of those of several tokens.
-    pub(super) names: [&'a WithCache; 2],
-    /// The shape of the first.
-    pub(super) shape: Vec<Dim>,
+impl Seen {
+    /// How a query of one new token knows.
+    pub(super) const fn by_one_token(b: &Builder) -> Self {
+        match b.sequences {
+            Sequences::Any => Self::Told,
+            Sequences::One => Self::Before,
+        }
+    }
+}
+
+/// When a step has a form.
+#[derive(Debug, Clone)]
+pub(super) enum When {
+    Never,
+    Always,
+    /// By a value of the graph.
+    If(Name),
+}
+
+impl When {
+    /// That, and another condition, the result being called `name`.
+    pub(super) fn and(self, b: &mut Builder, name: &str, other: Name) -> Self {
+        match self {
+            Self::Never => self,
+            Self::Always => Self::If(other),
+            Self::If(condition) => Self::If(b.op(name, "And", &[&other, &condition])),
+        }
+    }
+}
+
+/// Which form a step has, if not that of a chunk.
+#[derive(Debug, Clone)]
+pub(super) struct Forms {
+    /// One token in each sequence.
+    pub(super) single: When,
+    /// One sequence without padding whose every query is computed.
+    pub(super) whole: When,
 }
 
 /// Keys and values after a step.
@@ -51,38 +78,41 @@ impl Context<'_> {
         let Some(grouped) = &self.shared.grouped else {
             return self.appended_core(b, &self.name, projected, &names);
         };
-        let forms = Forms {
-            single: &grouped.single,
-            whole: grouped.whole.as_deref(),
-            names: [&names, &self.of_core("several")],
-            shape: every_token(self.query_width()),
-        };
-        let joint = |b: &mut Builder, form: &str, seen| {
-            self.grouped(b, projected, seen, &self.of_core(form))
+        let shape = b.every_token(self.query_width());
+        let joint = |b: &mut Builder, _: &str, seen, names: &WithCache| {
+            self.grouped(b, projected, seen, names)
         };
         let chunk = |b: &mut Builder| {
             let place = format!("{}.chunk", self.name);
             self.appended_core(b, &place, projected, &self.of_core("chunk"))
         };
-        self.by_form(b, forms, joint, chunk)
+        let inside = |form: &str| self.of_core(form);
+        self.by_form(b, &grouped.forms, (&names, &inside), &shape, joint, chunk)
     }
 
-    /// What a step takes by its form: `grouped`, given a name for the form and how it knows what a query may
-    /// see, or else `chunk`.
+    /// What a step takes by its form, of this shape and under the first names: `grouped`, given the form's name,
+    /// how it knows what a query may see, and what its results are called; or else `chunk`.
     pub(super) fn by_form(
         &self,
         b: &mut Builder,
-        Forms { single, whole, names: [outer, inner], shape }: Forms<'_>,
-        grouped: impl Fn(&mut Builder, &str, Seen) -> WithCache,
+        Forms { single, whole }: &Forms,
+        (names, inside): (&WithCache, &dyn Fn(&str) -> WithCache),
+        shape: &[Dim],
+        grouped: impl Fn(&mut Builder, &str, Seen, &WithCache) -> WithCache,
         chunk: impl FnOnce(&mut Builder) -> WithCache,
     ) -> WithCache {
-        let several = |b: &mut Builder| {
-            let Some(whole) = whole else { return chunk(b) };
-            let all = |b: &mut Builder| grouped(b, "whole", Seen::Before);
-            self.branch(b, inner, shape.clone(), whole, all, chunk)
+        let several = |b: &mut Builder, names: &WithCache| match whole {
+            When::Never => chunk(b),
+            When::Always => grouped(b, "whole", Seen::Before, names),
+            When::If(whole) => {
+                let all = |b: &mut Builder| grouped(b, "whole", Seen::Before, &inside("whole"));
+                self.branch(b, names, shape.to_vec(), whole, all, chunk)
+            }
         };
-        let one_each = |b: &mut Builder| grouped(b, "joint", Seen::Told);
-        self.branch(b, outer, shape.clone(), single, one_each, several)
+        let When::If(single) = single else { return several(b, names) };
+        let one_each = |b: &mut Builder| grouped(b, "joint", Seen::Told, &inside("joint"));
+        let several = |b: &mut Builder| several(b, &inside("several"));
+        self.branch(b, names, shape.to_vec(), single, one_each, several)
     }
 
     /// Every token, by `GroupQueryAttention`, which must take the step.
@@ -112,7 +142,8 @@ impl Context<'_> {
         v: &str,
     ) -> [Name; 2] {
         let [key, value, unused] = ["key", "value", "unused"].map(|part| format!("{place}.{part}"));
-        self.group_query(b, self.groups(), [k, k, v], Seen::Told, [&unused, &key, &value]);
+        let seen = Seen::by_one_token(b);
+        self.group_query(b, self.groups(), [k, k, v], seen, [&unused, &key, &value]);
         [key, value]
     }
 

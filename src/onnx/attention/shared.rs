@@ -4,7 +4,9 @@
 use skipgpt_passes::ir::{Config, DType, Model, ModuleKind};
 
 use super::attend;
+use super::core::{Forms, When};
 use super::heads::query_width;
+use crate::decoder::Sequences;
 use crate::onnx::builder::{Builder, Name};
 use crate::onnx::dispatch;
 use crate::onnx::graph::{Attribute, Element};
@@ -19,14 +21,15 @@ pub(in crate::onnx) struct Shared {
     pub(super) cos: Name,
     /// Sines of every token's angles, `[tokens, head_dim / 2]`.
     pub(super) sin: Name,
-    /// Added to attention scores: 0 where a query may look, `[batch, 1, sequence, total]`.
+    /// Added to attention scores: 0 where a query may look, `[batch, 1, sequence, total]`; present unless all is
+    /// one whole sequence.
     pub(super) bias: Name,
     /// The same for the queries that share a key, `[batch, 1, group · sequence, total]`; present where
     /// attention goes by elementary operators.
     pub(super) group_bias: Name,
     /// Zeros, `[batch, sequence, heads · head_dim]`; present if an attention module gathers its rows.
     pub(super) zero_queries: Option<Name>,
-    /// Whether there is one sequence; present if an attention module asks.
+    /// Whether there is one sequence; present if that may differ and an attention module asks.
     pub(super) one_sequence: Name,
     /// What `GroupQueryAttention` takes, if it may be used.
     pub(super) grouped: Option<Grouped>,
@@ -38,9 +41,20 @@ impl Shared {
         self.grouped.is_some()
     }
 
+    /// Which form a step has.
+    pub(super) fn forms(&self) -> Forms {
+        let none = Forms { single: When::Never, whole: When::Never };
+        self.grouped.as_ref().map_or(none, |grouped| grouped.forms.clone())
+    }
+
     /// The column of each sequence's last real token among the new ones, `[batch, 1, 1]`: told by the mask,
     /// because onnxruntime-genai pads prompts of a batch on the right. 0 where all of them are padding.
     pub(in crate::onnx) fn last_columns(&self, b: &mut Builder) -> Name {
+        if b.sequences == Sequences::One {
+            let (one, apart) = (b.int("constants.one", 1), b.ints("shapes.one_column", &[1, 1, 1]));
+            let last = b.op("last.column", "Sub", &["mask.sequence", &one]);
+            return b.op("last.columns_apart", "Reshape", &[&last, &apart]);
+        }
         let past = match &self.grouped {
             Some(grouped) => grouped.past_vector.clone(),
             None => vector(b, "mask.past"),
@@ -58,11 +72,8 @@ impl Shared {
 
 /// What `GroupQueryAttention` takes beside queries, keys and values.
 pub(super) struct Grouped {
-    /// Whether there is one new token in each sequence.
-    pub(super) single: Name,
-    /// Whether there is one sequence, and no padding in it: the operator takes it as it is. Present where other
-    /// steps of several tokens have an operator too.
-    pub(super) whole: Option<Name>,
+    /// Which form a step has. A whole sequence is one only where chunks have an operator too.
+    pub(super) forms: Forms,
     /// Cached tokens after the step, less one, `[batch]`, `i32`.
     pub(super) last: Name,
     /// Cached tokens after the step, `i32`.
@@ -91,10 +102,15 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     let shape = b.op("shapes.ids", "Shape", &["input_ids"]);
     let zero = b.int("constants.zero", 0);
     let one = b.int("constants.one", 1);
+    let one_alone = b.sequences == Sequences::One;
     let lengths = lengths(b, &zero, &one);
     // Not `Size`: where a session knows batch and sequence beforehand, ONNX Runtime computes this when it
     // loads the graph, and takes the branches that depend on it out.
-    let tokens = b.op("shapes.tokens", "Mul", &[&lengths.batch, &lengths.sequence]);
+    let tokens = if one_alone {
+        lengths.sequence.clone()
+    } else {
+        b.op("shapes.tokens", "Mul", &[&lengths.batch, &lengths.sequence])
+    };
     let range = b.op("rope.range", "Range", &[&zero, &tokens, &one]);
     let rows = b.op("rope.rows", "Reshape", &[&range, &shape]);
     let [cos, sin] = angles(b, config);
@@ -108,25 +124,25 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     };
     let asked = (grouped && conditional) || mlps().any(dispatch::branches);
     let one_token = is_one(asked, dispatch::ONE_TOKEN, &tokens);
-    let one_sequence = is_one(conditional || multi_head, "step.one_sequence", &lengths.batch);
+    let asked = (conditional || multi_head) && !one_alone;
+    let one_sequence = is_one(asked, "step.one_sequence", &lengths.batch);
     if grouped && conditional {
         router::floors(b, model, &one_token);
     }
-    let bias = bias(b, &lengths, &zero, &one);
+    let told = conditional || !one_alone;
+    let bias = if told { bias(b, &lengths, &zero, &one) } else { Name::new() };
     let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
     let zero_queries = attention().any(dispatch::gathers).then(|| zero_queries(b, config));
     if zero_queries.is_some() || mlps().any(dispatch::gathers) {
         dispatch::places(b, &shape);
     }
     let grouped = grouped.then(|| {
-        let single = b.op("step.single", "Equal", &[&lengths.sequence, &one]);
-        let whole = multi_head.then(|| {
-            let least = vec![("keepdims", Attribute::Int(0))];
-            let least = b.op_with("mask.least", "ReduceMin", &["attention_mask"], least);
-            let unpadded = b.op("step.unpadded", "Equal", &[&least, &one]);
-            b.op("step.whole", "And", &[&one_sequence, &unpadded])
-        });
-        group_inputs(b, config, &lengths, &one, [&cos, &sin], (single, whole))
+        let forms = if one_alone {
+            Forms { single: When::Never, whole: When::Always }
+        } else {
+            forms(b, &lengths, &one, multi_head.then_some(&one_sequence))
+        };
+        group_inputs(b, config, &lengths, &one, [&cos, &sin], forms)
     });
     Shared { rows, cos, sin, bias, group_bias, zero_queries, one_sequence, grouped }
 }
@@ -144,8 +160,22 @@ fn angles(b: &mut Builder, config: &Config) -> [Name; 2] {
     [b.rounded("rope.cos", &cos), b.rounded("rope.sin", &sin)]
 }
 
+/// Which form a step has, where it may have any: with chunks by an operator also that of a whole sequence.
+fn forms(b: &mut Builder, lengths: &Lengths, one: &str, one_sequence: Option<&Name>) -> Forms {
+    let single = When::If(b.op("step.single", "Equal", &[&lengths.sequence, one]));
+    let Some(one_sequence) = one_sequence else { return Forms { single, whole: When::Never } };
+    let least = vec![("keepdims", Attribute::Int(0))];
+    let least = b.op_with("mask.least", "ReduceMin", &["attention_mask"], least);
+    let unpadded = b.op("step.unpadded", "Equal", &[&least, one]);
+    let whole = When::If(b.op("step.whole", "And", &[one_sequence, &unpadded]));
+    Forms { single, whole }
+}
+
 fn lengths(b: &mut Builder, zero: &str, one: &str) -> Lengths {
-    let batch = b.op("shapes.batch", "Gather", &["shapes.ids", zero]);
+    let batch = match b.sequences {
+        Sequences::Any => b.op("shapes.batch", "Gather", &["shapes.ids", zero]),
+        Sequences::One => one.to_owned(),
+    };
     let mask_shape = b.op("mask.shape", "Shape", &["attention_mask"]);
     let total = b.op("mask.total", "Gather", &[&mask_shape, one]);
     let sequence = b.op("mask.sequence", "Gather", &["shapes.ids", one]);
@@ -200,7 +230,7 @@ fn group_inputs(
     Lengths { batch, past, total, .. }: &Lengths,
     one: &str,
     tables: [&str; 2],
-    (single, whole): (Name, Option<Name>),
+    forms: Forms,
 ) -> Grouped {
     let [past_vector, total_vector, batch] = [past, total, batch].map(|name| vector(b, name));
     let last = b.op("mask.last", "Sub", &[total, one]);
@@ -217,7 +247,7 @@ fn group_inputs(
     let [cos, sin] = ["cos", "sin"].map(|part| format!("rope.{part}.long"));
     let [cos, sin] = [(cos, tables[0]), (sin, tables[1])]
         .map(|(name, table)| b.op_with(&name, "Concat", &[table, &more], axis.clone()));
-    Grouped { single, whole, last, total, cos, sin, past_vector, total_vector }
+    Grouped { forms, last, total, cos, sin, past_vector, total_vector }
 }
 
 /// The scalar `name` as a vector of one element.

@@ -4,12 +4,13 @@
 use expect_test::{Expect, expect};
 
 use super::*;
+use crate::decoder::Sequences;
 use crate::onnx::testing::lowered;
 
 /// The nodes after the last layer of `llama-gqa`, and the first output.
 #[track_caller]
 fn ends(routed: bool, dtype: DType, logits: Logits, expected: &Expect) {
-    let text = lowered("llama-gqa", routed, dtype, logits);
+    let text = lowered("llama-gqa", routed, dtype, (logits, Sequences::Any));
     let text = text.map_or_else(|error| error.to_string(), |graph| graph.to_string());
     let (output, end) = (text.lines().filter(|line| line.contains("output logits")), text.lines());
     let end = end.skip_while(|line| !line.starts_with("  last") && !line.starts_with("  norm"));

@@ -12,7 +12,7 @@ use crate::onnx::proto::entry;
 pub(super) fn drop_queries(graph: &mut GraphProto, place: &str) -> Result<(), Error> {
     let all = format!("{place}.qkv");
     let mut sizes = None;
-    if let Some(at) = producer(graph, &all) {
+    if let Some(at) = producer(&graph.node, &all) {
         let found = split_sizes(graph, place)?;
         project(graph, at, found[0], found[1] + found[2])?;
         constant(graph, &format!("shapes.split.{}.{}", found[1], found[2]), &found[1..]);
@@ -21,39 +21,52 @@ pub(super) fn drop_queries(graph: &mut GraphProto, place: &str) -> Result<(), Er
     if let Some(sizes) = &sizes {
         narrow_split(&mut graph.node, &all, sizes);
     }
-    match producer(graph, &format!("{place}.context")) {
-        Some(core) => narrow_forms(&mut graph.node[core], &all, sizes.as_deref()),
-        None => Ok(()),
-    }
-}
-
-/// Makes every form of a step that a branch stands for give the caches alone. What no branch gives is pruned from all
-/// of them.
-fn narrow_forms(core: &mut NodeProto, all: &str, sizes: Option<&[i64]>) -> Result<(), Error> {
-    if core.op_type != "If" {
-        return Ok(());
-    }
-    core.output.remove(0);
-    for branch in core.attribute.iter_mut().filter_map(|attribute| attribute.g.as_mut()) {
-        let context = branch.output.remove(0).name;
-        if let Some(sizes) = sizes {
-            narrow_split(&mut branch.node, all, sizes);
-        }
-        append_alone(&mut branch.node, all, sizes);
-        if let Some(core) = branch.node.iter_mut().find(|node| node.output.contains(&context)) {
-            narrow_forms(core, all, sizes)?;
-        }
+    if let Some(core) = producer(&graph.node, &format!("{place}.context")) {
+        narrow_forms(&mut graph.node, core, &all, sizes.as_deref());
     }
     Ok(())
 }
 
+/// Makes every form of a step that the node `at` stands for give the caches alone. What no branch gives is pruned
+/// from all of them.
+fn narrow_forms(nodes: &mut Vec<NodeProto>, at: usize, all: &str, sizes: Option<&[i64]>) {
+    let core = &mut nodes[at];
+    match core.op_type.as_str() {
+        "GroupQueryAttention" => append_alone(nodes, at, all, sizes),
+        "If" => {
+            core.output.remove(0);
+            for branch in core.attribute.iter_mut().filter_map(|attribute| attribute.g.as_mut()) {
+                let context = branch.output.remove(0).name;
+                if let Some(sizes) = sizes {
+                    narrow_split(&mut branch.node, all, sizes);
+                }
+                if let Some(core) = producer(&branch.node, &context) {
+                    narrow_forms(&mut branch.node, core, all, sizes);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
 /// Widths of queries, keys and values in the module's joint projection.
 fn split_sizes(graph: &GraphProto, place: &str) -> Result<Vec<i64>, Error> {
-    let split = find_split(&graph.node, &format!("{place}.qkv")).ok_or_else(|| Error::Form {
+    if let Some(split) = find_split(&graph.node, &format!("{place}.qkv")) {
+        return integers(graph, split, 1, 3);
+    }
+    // The operator splits by itself.
+    let core = producer(&graph.node, &format!("{place}.context")).map(|at| &graph.node[at]);
+    core.and_then(|core| {
+        let count = |name: &str| Some(core.attribute.iter().find(|a| a.name == name)?.i);
+        let cache = graph.input.iter().find(|input| Some(&input.name) == core.input.get(3))?;
+        let width = cache.type_.tensor_type().shape.dim.last()?.dim_value();
+        let (heads, groups) = (count("num_heads")?, count("kv_num_heads")?);
+        Some(vec![heads * width, groups * width, groups * width])
+    })
+    .ok_or_else(|| Error::Form {
         node: place.to_owned(),
         expected: "a split into queries, keys and values",
-    })?;
-    integers(graph, split, 1, 3)
+    })
 }
 
 /// The first node, in branches too, that splits `all`.
@@ -76,11 +89,8 @@ fn narrow_split(nodes: &mut [NodeProto], all: &str, sizes: &[i64]) {
     }
 }
 
-/// Makes `GroupQueryAttention` append: keys stand for the queries.
-fn append_alone(nodes: &mut Vec<NodeProto>, all: &str, sizes: Option<&[i64]>) {
-    let Some(at) = nodes.iter().position(|node| node.op_type == "GroupQueryAttention") else {
-        return;
-    };
+/// Makes the `GroupQueryAttention` at `at` append: keys stand for the queries.
+fn append_alone(nodes: &mut Vec<NodeProto>, at: usize, all: &str, sizes: Option<&[i64]>) {
     let groups = nodes[at].attribute.iter().find(|a| a.name == "kv_num_heads").map_or(0, |a| a.i);
     for attribute in nodes[at].attribute.iter_mut().filter(|a| a.name == "num_heads") {
         attribute.i = groups;
@@ -118,7 +128,8 @@ fn project(graph: &mut GraphProto, at: usize, queries: i64, rest: i64) -> Result
     }
     let (name, operands) = (node.name.clone(), node.input[1..].to_vec());
     if node.op_type == "Add" {
-        let product = producer(graph, &node.input[0]).ok_or_else(|| form(node, "a product"))?;
+        let product =
+            producer(&graph.node, &node.input[0]).ok_or_else(|| form(node, "a product"))?;
         project(graph, product, queries, rest)?;
     }
     for (index, operand) in operands.iter().enumerate().filter(|(_, name)| !name.is_empty()) {
@@ -190,8 +201,8 @@ fn integers(
     if values.len() == count { Ok(values) } else { Err(form(node, "constant sizes")) }
 }
 
-fn producer(graph: &GraphProto, value: &str) -> Option<usize> {
-    graph.node.iter().position(|node| node.output.iter().any(|output| output == value))
+fn producer(nodes: &[NodeProto], value: &str) -> Option<usize> {
+    nodes.iter().position(|node| node.output.iter().any(|output| output == value))
 }
 
 fn form(node: &NodeProto, expected: &'static str) -> Error {

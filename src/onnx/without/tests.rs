@@ -4,7 +4,7 @@ use onnx_protobuf::{Message, TensorProto};
 use skipgpt_passes::ir::DType;
 
 use super::*;
-use crate::decoder::Logits;
+use crate::decoder::{Logits, Sequences};
 use crate::onnx::graph::{Data, Placement};
 use crate::onnx::testing::lowered;
 
@@ -16,7 +16,7 @@ fn model(case: &str, routed: bool, dtype: DType) -> Result<Vec<u8>> {
 }
 
 fn with_logits(case: &str, routed: bool, dtype: DType, logits: Logits) -> Result<Vec<u8>> {
-    let graph = lowered(case, routed, dtype, logits)?;
+    let graph = lowered(case, routed, dtype, (logits, Sequences::Any))?;
     let mut placements = BTreeMap::new();
     let mut offset = 0;
     for tensor in graph.all_initializers().into_iter().filter(|t| matches!(t.data, Data::Weight(_)))

@@ -73,6 +73,17 @@ pub enum Error {
         /// New tokens per row.
         sequence: usize,
     },
+    /// Sequences that the graph does not take.
+    #[error(
+        "the step has {batch} sequences of which {padded} are padded, and the graph takes one without \
+         padding: export it with --sequences any"
+    )]
+    OneSequence {
+        /// Sequences of the step.
+        batch: usize,
+        /// How many of them have padding.
+        padded: usize,
+    },
     /// The attention mask tells of another past than the cache holds.
     #[error(
         "the attention mask has {past} past tokens in {batch} rows; the cache holds {cached} in \

@@ -97,7 +97,7 @@ fn what_is_no_onnx_runtime_is_refused_by_name() {
 fn a_library_of_a_wrong_version_is_refused_by_its_version() {
     let folder = tempfile::tempdir().unwrap();
     let old = fake(folder.path(), "1.14.1");
-    assert_eq!(rejection(&old), "it is ONNX Runtime 1.14.1; 1.20.0 or later is needed");
+    assert_eq!(rejection(&old), "it is ONNX Runtime 1.14.1; 1.22.0 or later is needed");
     let folder = tempfile::tempdir().unwrap();
     let message = rejection(&fake(folder.path(), "next"));
     assert_eq!(
