@@ -41,24 +41,24 @@ pub(super) fn lower(model: &Model, options: Options) -> Graph {
     let mut outputs = vec![Value {
         name: "logits".into(),
         element: Element::Float(DType::F32),
-        shape: vec![batch.clone(), positions, Dim::Fixed(config.vocab_size)],
+        shape: vec![batch, positions, Dim::Fixed(config.vocab_size)],
     }];
-    let caches = |prefix, length| caches(model, options.dtype, prefix, [batch.clone(), length]);
+    let caches = |prefix, length| caches(model, options.dtype, prefix, [batch, length]);
     outputs.extend(caches("present", Dim::Symbolic("total_sequence")));
     let routers = router::router_margins(model);
     if options.emit_routing && !routers.is_empty() {
         outputs.push(emit_routing(&mut b, &routers));
     }
-    let mut inputs = token_inputs(&batch);
+    let mut inputs = token_inputs(batch);
     inputs.extend(caches("past_key_values", Dim::Symbolic("past_sequence")));
     b.finish("skipgpt", inputs, outputs)
 }
 
 const SEQUENCE: Dim = Dim::Symbolic("sequence");
 
-fn token_inputs(batch: &Dim) -> Vec<Value> {
+fn token_inputs(batch: Dim) -> Vec<Value> {
     let integers = |name: &str, tokens| {
-        let shape = vec![batch.clone(), tokens];
+        let shape = vec![batch, tokens];
         Value { name: name.into(), element: Element::Int64, shape }
     };
     vec![
