@@ -17,6 +17,7 @@ use super::router::Decision;
 use super::stream::Stream;
 
 mod attend;
+mod blocks;
 mod core;
 mod heads;
 mod shared;

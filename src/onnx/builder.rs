@@ -161,6 +161,28 @@ impl Builder {
         names.map(str::to_owned)
     }
 
+    /// What `body` gives, of this shape and in the model's dtype, for each number below `count`, a scalar: stacked along a
+    /// new first axis, called `output`.
+    pub(super) fn stacked(
+        &mut self,
+        output: &str,
+        count: &str,
+        shape: Vec<Dim>,
+        body: impl FnOnce(&mut Self, &str) -> Name,
+    ) -> Name {
+        let name = |part: &str| format!("{output}.{part}");
+        let scalar = |name, element| Value { name, element, shape: vec![] };
+        let (number, go_on, going) = (name("number"), name("go_on"), name("going"));
+        let mut repeated = self.body(&name("body"), [&shape], |b| {
+            b.op(&going, "Identity", &[&go_on]);
+            [body(b, &number)]
+        });
+        repeated.inputs = vec![scalar(number, Element::Int64), scalar(go_on, Element::Bool)];
+        repeated.outputs.insert(0, scalar(going, Element::Bool));
+        let repeated = vec![("body", Attribute::Graph(repeated))];
+        self.op_with(output, "Loop", &[count, ""], repeated)
+    }
+
     fn body<const N: usize>(
         &mut self,
         name: &str,
@@ -217,8 +239,9 @@ impl Builder {
             shape: shape.to_vec(),
             data: Data::Inline(bytes),
         };
-        if !self.constants.contains(&constant) {
-            self.constants.push(constant);
+        match self.constants.iter().find(|known| known.name == name) {
+            Some(known) => debug_assert_eq!(*known, constant, "two constants of one name"),
+            None => self.constants.push(constant),
         }
         name.to_owned()
     }

@@ -6,7 +6,7 @@
 use skipgpt_passes::ir::{DType, Weight};
 use skipgpt_passes::quantization::Scheme;
 
-/// A graph, or the body of an `If` branch (which has no inputs: it captures outer-scope values by name).
+/// A graph, a branch of an `If` (which has no inputs: it captures outer-scope values by name), or the body of a `Loop`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Graph {
     /// Unique among all graphs of a model.
@@ -88,7 +88,7 @@ pub enum Attribute {
     Text(&'static str),
     /// What a `Cast` casts to.
     Type(Element),
-    /// A branch of an `If`.
+    /// A branch of an `If`, or the body of a `Loop`.
     Graph(Graph),
 }
 

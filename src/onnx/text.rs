@@ -23,6 +23,9 @@ fn nodes(f: &mut Formatter<'_>, all: &[Node], depth: usize) -> fmt::Result {
         for (name, attribute) in &node.attributes {
             if let Attribute::Graph(branch) = attribute {
                 writeln!(f, "{indent}  {name} {}", branch.name)?;
+                for input in &branch.inputs {
+                    writeln!(f, "{indent}    input {input}")?;
+                }
                 let mut weights = branch.initializers.iter();
                 weights.try_for_each(|weight| writeln!(f, "{indent}    {weight}"))?;
                 nodes(f, &branch.nodes, depth + 2)?;

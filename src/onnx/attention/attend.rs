@@ -1,10 +1,9 @@
 //! Attention of some queries over a cache that has every key.
 //!
-//! In `f32`, which with `GroupQueryAttention` means on a CPU, by `MultiHeadAttention`, which adds what a
-//! query may see as it multiplies and leaves tokens where they are; it wants a copy of keys and values for
-//! each head. Else by elementary operators.
+//! In `f32`, which with `GroupQueryAttention` means on a CPU, by `MultiHeadAttention`, some queries at a time
+//! ([`super::blocks`]). Else by elementary operators.
 
-use skipgpt_passes::ir::{Config, DType};
+use skipgpt_passes::ir::DType;
 
 use super::Context;
 use super::core::Cache;
@@ -23,7 +22,7 @@ pub(super) enum Queries<'a> {
 }
 
 impl Queries<'_> {
-    const fn projected(&self) -> &str {
+    pub(super) const fn projected(&self) -> &str {
         match self {
             Self::All(q) | Self::Kept(q, _) => q,
         }
@@ -88,47 +87,14 @@ impl Context<'_> {
             }
         };
         if multi_head(self.shared.grouped.is_some(), b.dtype) {
-            return self.multi_head(b, place, queries, &numbers, cache, output);
+            return self.in_blocks(b, place, queries, &numbers, cache, output);
         }
         let context = self.elementary(b, place, queries, &numbers, cache);
         together(b, output, &context, self.query_width())
     }
 
-    fn multi_head(
-        &self,
-        b: &mut Builder,
-        place: &str,
-        queries: &Queries<'_>,
-        numbers: &str,
-        cache: &Cache,
-        output: &str,
-    ) -> Name {
-        let q = self.rotate(b, &format!("{place}.q.rotated"), queries.projected(), numbers);
-        let bias = self.seen(b, place, queries);
-        let [k, v] = [("keys", &cache.keys), ("values", &cache.values)]
-            .map(|(part, x)| self.for_every_head(b, &format!("{place}.{part}"), x));
-        let heads = vec![("num_heads", Attribute::Int(self.config.num_attention_heads as i64))];
-        b.microsoft(output, "MultiHeadAttention", &[&q, &k, &v, "", "", &bias], heads)
-    }
-
-    /// Keys or values `[batch, kv_heads, total, head_dim]`, for each query head.
-    fn for_every_head(&self, b: &mut Builder, name: &str, x: &str) -> Name {
-        let Config { num_attention_heads: heads, num_key_value_heads: groups, head_dim, .. } =
-            *self.config;
-        if heads == groups {
-            return x.to_owned();
-        }
-        let axis = b.ints("constants.group_axis", &[2]);
-        let copies = b.ints("shapes.group_copies", &[1, 1, (heads / groups) as i64, 1, 1]);
-        let joined = b.ints("shapes.every_head", &[0, heads as i64, -1, head_dim as i64]);
-        let x = b.op(&format!("{name}.column"), "Unsqueeze", &[x, &axis]);
-        let x = b.op(&format!("{name}.copies"), "Expand", &[&x, &copies]);
-        b.op(&format!("{name}.every_head"), "Reshape", &[&x, &joined])
-    }
-
-    /// What is added to the scores of `queries`, `[batch, 1, queries, total]`.
-    fn seen(&self, b: &mut Builder, place: &str, queries: &Queries<'_>) -> Name {
-        let Queries::Kept(_, rows) = queries else { return self.shared.bias.clone() };
+    /// What is added to the scores of the kept rows, `[batch, 1, kept, total]`.
+    fn seen(&self, b: &mut Builder, place: &str, rows: &Rows) -> Name {
         let along = vec![("axis", Attribute::Int(2))];
         b.op_with(&format!("{place}.bias"), "Compress", &[&self.shared.bias, rows.keep()], along)
     }
@@ -152,8 +118,8 @@ impl Context<'_> {
         let q = self.rotate(b, &format!("{place}.q.rotated"), &q, numbers);
         let bias = match queries {
             Queries::All(_) => self.shared.group_bias.clone(),
-            Queries::Kept(..) => {
-                let bias = self.seen(b, place, queries);
+            Queries::Kept(_, rows) => {
+                let bias = self.seen(b, place, rows);
                 let copies = vec![bias.as_str(); heads / groups];
                 let along = vec![("axis", Attribute::Int(2))];
                 match copies.len() {
