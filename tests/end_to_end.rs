@@ -232,6 +232,34 @@ fn artifacts_verify_against_the_reference() {
     }
 }
 
+/// Prompts of several blocks of queries, whole, in chunks and padded in a batch.
+#[test]
+fn long_prompts_verify() {
+    let tokens = |count: i64, step: i64| (0..count).map(|i| (i * step + 3) % 320).collect();
+    let prompts: [Vec<i64>; 2] = [tokens(601, 7), tokens(300, 11)];
+    for (case, variant, dispatch) in [
+        ("llama-gqa", Variant::Dense, Dispatch::Masked),
+        ("llama-gqa", Variant::Routed, Dispatch::Gathered),
+        ("llama-gqa", Variant::Routed, Dispatch::Conditional),
+        ("llama-mha-llama3rope", Variant::Routed, Dispatch::Conditional),
+    ] {
+        let exported = export(case, variant, dispatch, false);
+        assert!(exported.graph.contains("= Loop("), "{case}");
+        let checkpoint = &exported.checkpoint;
+        let model = validate(&checkpoint.model).unwrap();
+        let mut reference = Reference::load(model, &checkpoint.sources).unwrap();
+        let options = verify::Options {
+            decode_steps: 2,
+            greedy_tokens: 2,
+            ..verify::Options::new("cpu", "under test", DType::F32)
+        };
+        let artifact = &mut exported.open();
+        let report = verify::run(&mut reference, artifact, &prompts, &options, &mut |_| ());
+        let report = report.unwrap();
+        assert!(report.passed, "{case}, {dispatch}: {report}");
+    }
+}
+
 /// The kinds of nodes that ran, by the profile of a session for steps of one token.
 fn kinds_for_one_token(exported: &Exported) -> String {
     let folder = tempfile::tempdir().unwrap();
