@@ -11,6 +11,7 @@ pub mod force;
 pub mod graph;
 mod lower;
 mod mlp;
+mod operators;
 mod probe;
 pub mod proto;
 mod quantized;

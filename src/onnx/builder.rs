@@ -1,10 +1,9 @@
 //! Builds a [`Graph`] node by node. Every value has one name, and a node is named after its first
 //! output, so names are unique across branches as long as callers name things after their place.
 
-use skipgpt_passes::ir::{DType, Linear, Weight};
+use skipgpt_passes::ir::{DType, Weight};
 
 use super::graph::{Attribute, Data, Dim, Element, Graph, Initializer, Node, Value};
-use super::quantized::quantized;
 use crate::decoder::Sequences;
 
 /// The domain of ONNX Runtime's own operators.
@@ -167,13 +166,13 @@ impl Builder {
         &mut self,
         output: &str,
         count: &str,
-        shape: Vec<Dim>,
+        shape: [Dim; 3],
         body: impl FnOnce(&mut Self, &str) -> Name,
     ) -> Name {
         let name = |part: &str| format!("{output}.{part}");
         let scalar = |name, element| Value { name, element, shape: vec![] };
         let (number, go_on, going) = (name("number"), name("go_on"), name("going"));
-        let mut repeated = self.body(&name("body"), [&shape], |b| {
+        let mut repeated = self.body(&name("body"), [&shape.to_vec()], |b| {
             b.op(&going, "Identity", &[&go_on]);
             [body(b, &number)]
         });
@@ -265,75 +264,6 @@ impl Builder {
     /// A weight whose name no other has.
     pub(super) fn initializer(&mut self, initializer: Initializer) {
         self.weights.push(initializer);
-    }
-
-    /// `x · Wᵀ + bias` for `x` `[…, in]`: `[…, out]`.
-    pub(super) fn linear(&mut self, name: &str, x: &str, linear: &Linear, dtype: DType) -> Name {
-        let Linear { weight, bias, .. } = linear;
-        let Some(bias) = bias else { return self.product(name, name, x, weight, dtype) };
-        let product = self.product(&format!("{name}.product"), name, x, weight, dtype);
-        let bias = self.weight_as(&format!("{name}.bias"), bias, dtype);
-        self.op(name, "Add", &[&product, &bias])
-    }
-
-    /// `x · Wᵀ` for `x` `[…, in]`, called `output`; `name` is that of the weight. A weight in few bits
-    /// has an operator of its own.
-    pub(super) fn product(
-        &mut self,
-        output: &str,
-        name: &str,
-        x: &str,
-        weight: &Weight,
-        dtype: DType,
-    ) -> Name {
-        if let Some(weight) = quantized(weight) {
-            return self.matmul_bits(output, name, x, weight, dtype);
-        }
-        let weight = self.weight_as(&format!("{name}.weight"), weight, dtype);
-        self.matmul(output, x, &weight)
-    }
-
-    /// `x · Wᵀ` for `x` `[…, in]` and a weight that is already in the graph. It keeps the checkpoint's
-    /// `[out, in]`.
-    pub(super) fn matmul(&mut self, name: &str, x: &str, weight: &str) -> Name {
-        self.microsoft(name, "FusedMatMul", &[x, weight], vec![("transB", Attribute::Int(1))])
-    }
-
-    /// `x / √(mean(x²) + eps) · scale` over the last dimension, in `f32` whatever the model's dtype.
-    ///
-    /// Written out, because the fused operator's only standard form needs opset 23; ONNX Runtime
-    /// fuses this one when it loads the model.
-    pub(super) fn rms_norm(&mut self, name: &str, x: &str, scale: &Weight, eps: f64) -> Name {
-        let scale = self.weight(&format!("{name}.weight"), scale);
-        let two = self.floats("constants.two", &[], &[2.0]);
-        let eps = self.floats("constants.rms_norm_eps", &[], &[eps as f32]);
-        let last = self.ints("constants.last_axis", &[-1]);
-        let x = self.as_f32(&format!("{name}.input"), x);
-        let square = self.op(&format!("{name}.square"), "Pow", &[&x, &two]);
-        let mean = self.op(&format!("{name}.mean"), "ReduceMean", &[&square, &last]);
-        let shifted = self.op(&format!("{name}.shifted"), "Add", &[&mean, &eps]);
-        let root = self.op(&format!("{name}.root"), "Sqrt", &[&shifted]);
-        let unit = self.op(&format!("{name}.unit"), "Div", &[&x, &root]);
-        let unit = self.rounded(&format!("{name}.rounded"), &unit);
-        self.op(name, "Mul", &[&unit, &scale])
-    }
-
-    /// `x` as `f32`.
-    pub(super) fn as_f32(&mut self, name: &str, x: &str) -> Name {
-        if self.dtype == DType::F32 { x.to_owned() } else { self.cast(name, x, DType::F32) }
-    }
-
-    /// An `f32` value in the model's dtype.
-    pub(super) fn rounded(&mut self, name: &str, x: &str) -> Name {
-        if self.dtype == DType::F32 { x.to_owned() } else { self.cast(name, x, self.dtype) }
-    }
-
-    pub(super) fn cast(&mut self, name: &str, x: &str, dtype: DType) -> Name {
-        self.cast_to(name, x, Element::Float(dtype))
-    }
-
-    pub(super) fn cast_to(&mut self, name: &str, x: &str, element: Element) -> Name {
-        self.op_with(name, "Cast", &[x], vec![("to", Attribute::Type(element))])
     }
 
     /// The finished graph.

@@ -49,7 +49,7 @@ impl Context<'_> {
         let blocks = blocks(b, place, columns.as_deref());
         let name = |part: &str| format!("{place}.{part}");
         let width = Dim::Fixed(self.query_width());
-        let shape = vec![b.batch(), Dim::Open, width];
+        let shape = [b.batch(), Dim::Open, width];
         let stacked = b.stacked(&name("blocks"), &blocks.count, shape, |b, number| {
             self.block(b, place, (&q, columns.as_deref()), &blocks, number, cache)
         });
