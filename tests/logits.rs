@@ -37,7 +37,7 @@ impl Pair {
     }
 }
 
-fn open(path: &str) -> Watched {
+pub(crate) fn open(path: &str) -> Watched {
     let runtime = Runtime::find(None, Version::OLDEST).unwrap();
     let options = session::Options { threads: Some(1), ..session::Options::default() };
     Watched::open(&artifact::open(path.as_ref()).unwrap(), &runtime, &options).unwrap()

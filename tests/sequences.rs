@@ -12,6 +12,7 @@ use skipgpt_passes::ir::{ModuleId, ModuleKind};
 use tempfile::TempDir;
 
 use crate::cli::{refused, succeeds, text};
+use crate::logits::open;
 use crate::oracle::{ATOL, CASES, fixture};
 
 /// The models whose heads `GroupQueryAttention` takes.
@@ -32,12 +33,6 @@ fn export(directory: &TempDir, case: &str, routed: bool, more: &[&str]) -> Strin
     let fixed = ["export", "--model", &model, "--output", &output, "--sequences", "one", "--force"];
     succeeds(&[&fixed, router, more].concat());
     output
-}
-
-fn open(path: &str) -> Watched {
-    let runtime = Runtime::find(None, Version::OLDEST).unwrap();
-    let options = session::Options { threads: Some(1), ..session::Options::default() };
-    Watched::open(&artifact::open(path.as_ref()).unwrap(), &runtime, &options).unwrap()
 }
 
 /// Prompts, single tokens, chunks and greedy text, in every precision of weights, of each way to skip.
