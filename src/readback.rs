@@ -46,9 +46,9 @@ pub enum Error {
     /// A pass left an invalid model: our bug.
     #[error("the lowered checkpoint is not valid: {0}")]
     Invalid(#[from] Violations),
-    /// The lowered model is not lowered: our bug.
+    /// The model of an artifact has no graph: our bug.
     #[error(transparent)]
-    Phase(#[from] onnx::Error),
+    Graph(#[from] onnx::Error),
     /// The artifact's graph names its weights differently.
     #[error(
         "{}: has no initializer {name}; was it exported by another version, or from another checkpoint?",

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use skipgpt_export::artifact;
 use skipgpt_export::decoder::{Decoder, Input, Logits, Sequences};
 use skipgpt_export::onnx::without;
-use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Version, session};
+use skipgpt_export::runtime::{OnnxDecoder, Runtime, Session, Shapes, Version, session};
 use skipgpt_export::watch::Watched;
 use skipgpt_passes::ir::{ModuleId, ModuleKind};
 use tempfile::TempDir;
@@ -118,6 +118,24 @@ fn other_sequences_are_refused() {
         "decode:4:8: {exported} takes one sequence at a time; export it with --sequences any"
     );
     assert!(found.contains(&expected), "{found}");
+}
+
+/// A batch that the session fixes is none of the artifact's.
+#[test]
+fn a_padded_row_enters_a_session_for_one_token() {
+    let directory = TempDir::new().unwrap();
+    let (model, output) = (text(&fixture("llama-gqa")), text(&directory.path().join("any")));
+    succeeds(&["export", "--model", &model, "--output", &output]);
+    let runtime = Runtime::find(None, Version::OLDEST).unwrap();
+    let options = session::Options { shapes: Shapes::OneToken, ..session::Options::default() };
+    let path = directory.path().join("any/model.onnx");
+    let session = Session::open(&runtime, &path, &options).unwrap();
+    let mut decoder = OnnxDecoder::new(session, Vec::new()).unwrap();
+    assert_eq!(decoder.takes(), Sequences::Any);
+    let mut padding = Input::row(0, &[3], Logits::All);
+    padding.mask[[0, 0]] = 0;
+    decoder.step(&padding).unwrap();
+    decoder.step(&padding.then(&[5])).unwrap();
 }
 
 #[test]

@@ -104,9 +104,11 @@ fn write_staged(
     let dtype = request.options.dtype.to_string();
     let shared = request.options.attention == Attention::Grouped;
     outputs.json(names::GENAI_CONFIG, &generation.genai(&model.config, shared))?;
+    let sequences = request.options.sequences.to_string();
     let metadata = [
         ("dtype", dtype.as_str()),
         ("min_onnxruntime", request.min_onnxruntime),
+        (proto::SEQUENCES, sequences.as_str()),
         (proto::SHARED_BUFFER, if shared { "true" } else { "false" }),
     ];
     outputs.write(names::MODEL, &proto::encode(graph, &layout.placements, &metadata)?)?;

@@ -60,7 +60,7 @@ pub(crate) struct Arguments {
     /// The positions whose logits the graph gives (ONNX)
     #[arg(long, value_enum, default_value_t = LogitsArgument::All)]
     logits: LogitsArgument,
-    /// Which sequences the graph takes (ONNX): one alone is decoded faster by clients that open one session
+    /// Which sequences the graph takes (ONNX): one alone needs no form for batches and padding
     #[arg(long, value_enum, default_value_t = SequencesArgument::Any)]
     sequences: SequencesArgument,
     /// Print the IR after this pass
@@ -186,13 +186,14 @@ impl DispatchArgument {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let start = Instant::now();
-    if arguments.format == FormatArgument::Safetensors && arguments.logits == LogitsArgument::Last {
-        bail!("--logits last: --format safetensors holds no graph; it is for ONNX");
-    }
+    let of_graphs = [
+        ("--logits last", arguments.logits == LogitsArgument::Last),
+        ("--sequences one", arguments.sequences == SequencesArgument::One),
+    ];
     if arguments.format == FormatArgument::Safetensors
-        && arguments.sequences == SequencesArgument::One
+        && let Some((option, _)) = of_graphs.iter().find(|(_, given)| *given)
     {
-        bail!("--sequences one: --format safetensors holds no graph; it is for ONNX");
+        bail!("{option}: --format safetensors holds no graph; it is for ONNX");
     }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;

@@ -30,6 +30,9 @@ pub const CONTRIB_OPSET: i64 = 1;
 /// The entry of `metadata_props` that says, `true` or `false`, whether a client may hand over one buffer
 /// as past and present, with room for more tokens than it holds.
 pub const SHARED_BUFFER: &str = "past_present_share_buffer";
+/// The entry that says which sequences the graph takes, as [`crate::decoder::Sequences`] is spelled: its inputs' shapes do not, since a
+/// session may fix a batch too.
+pub const SEQUENCES: &str = "sequences";
 /// Protobuf cannot hold a larger message.
 const LIMIT: u64 = i32::MAX as u64;
 

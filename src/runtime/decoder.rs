@@ -19,7 +19,7 @@ use super::interface::{
 use super::tensor::{from_floats, from_integers, to_array, to_ranked};
 use super::{Provider, Session};
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing, Sequences};
-use crate::onnx::proto::SHARED_BUFFER;
+use crate::onnx::proto::{SEQUENCES, SHARED_BUFFER};
 
 mod cache;
 mod error;
@@ -38,6 +38,8 @@ pub struct OnnxDecoder {
     cache: Option<Cache>,
     /// Whether past and present may be one buffer.
     shares: bool,
+    /// Which sequences it takes at once.
+    sequences: Sequences,
     /// Tokens such a buffer has room for; 0 for none.
     reserved: usize,
     forced: BTreeMap<String, ([usize; 2], DynValue)>,
@@ -58,11 +60,17 @@ impl OnnxDecoder {
     ) -> Result<Self, Error> {
         let graph = &session.inner;
         let interface = Interface::read(graph.inputs(), graph.outputs(), modules.len(), facts)?;
-        let shares = graph.metadata().map_err(Error::Run)?.custom(SHARED_BUFFER);
-        let shares = facts.shared_buffer || shares.is_some_and(|value| value == "true");
+        let says = |key, value: &str| {
+            let said = graph.metadata().map_err(Error::Run)?.custom(key);
+            Ok::<_, Error>(said.is_some_and(|said| said == value))
+        };
+        let shares = facts.shared_buffer || says(SHARED_BUFFER, "true")?;
+        let one = says(SEQUENCES, &Sequences::One.to_string())?;
+        let sequences = if one { Sequences::One } else { Sequences::Any };
         let forced = BTreeMap::new();
         let sessions = session.into();
-        Ok(Self { sessions, interface, modules, cache: None, shares, reserved: 0, forced })
+        let (cache, reserved) = (None, 0);
+        Ok(Self { sessions, interface, modules, cache, shares, sequences, reserved, forced })
     }
 
     /// Lets `session`, if there is one, take the steps of one token in one sequence; of the same graph and
@@ -248,10 +256,12 @@ impl OnnxDecoder {
         if (input.logits, self.interface.logits) == (Logits::All, Logits::Last) && sequence > 1 {
             return Err(Error::LastOnly { sequence });
         }
-        let padded =
-            input.mask.rows().into_iter().filter(|row| row.iter().any(|&m| m == 0)).count();
-        if self.interface.sequences == Sequences::One && (batch, padded) != (1, 0) {
-            return Err(Error::OneSequence { batch, padded });
+        if self.sequences == Sequences::One {
+            let rows = input.mask.rows().into_iter();
+            let padded = rows.filter(|row| row.iter().any(|&m| m == 0)).count();
+            if (batch, padded) != (1, 0) {
+                return Err(Error::OneSequence { batch, padded });
+            }
         }
         let (cached_batch, cached) =
             self.cache.as_ref().map_or((batch, 0), |cache| (cache.batch, cache.length));
@@ -364,7 +374,7 @@ impl Decoder for OnnxDecoder {
     }
 
     fn takes(&self) -> Sequences {
-        self.interface.sequences
+        self.sequences
     }
 }
 

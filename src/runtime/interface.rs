@@ -11,14 +11,14 @@
 //! | out | `present.{i}.key`, `.value` | as the input | `[batch, kv_heads, total_sequence, head_dim]` |
 //! | out | `routing_margins`, optional | float | `[modules, batch, sequence]` |
 //!
-//! A fixed batch of 1 is one sequence at a time, without padding. Layers without a cache are absent from both lists.
+//! Layers without a cache are absent from both lists.
 
 use std::collections::BTreeMap;
 
 use ort::value::{Outlet, Shape, TensorElementType, ValueType};
 
 use super::decoder::Error;
-use crate::decoder::{Logits, Sequences};
+use crate::decoder::Logits;
 use crate::onnx::force;
 
 pub(super) const INPUT_IDS: &str = "input_ids";
@@ -51,8 +51,6 @@ pub(super) struct Interface {
     pub(super) vocab: usize,
     /// Of which positions there are logits.
     pub(super) logits: Logits,
-    /// Which sequences it takes at once.
-    pub(super) sequences: Sequences,
 }
 
 /// One layer's cache.
@@ -114,14 +112,9 @@ impl Interface {
                 }
             }
         }
-        let needed = |name: &str| {
-            find(inputs, name).ok_or_else(|| Error::MissingInput { name: name.to_owned() })
-        };
-        needed(ATTENTION_MASK)?;
-        let sequences = match **tensor(needed(INPUT_IDS)?)?.1 {
-            [1, _] => Sequences::One,
-            _ => Sequences::Any,
-        };
+        for name in [INPUT_IDS, ATTENTION_MASK] {
+            find(inputs, name).ok_or(Error::MissingInput { name: name.to_owned() })?;
+        }
         let layers = pasts
             .into_iter()
             .map(|(index, [key, value])| {
@@ -132,7 +125,7 @@ impl Interface {
             .collect::<Result<_, Error>>()?;
         routing(find(outputs, ROUTING), modules)?;
         let (vocab, logits) = logits(outputs)?;
-        Ok(Self { positions, layers, forced, vocab, logits, sequences })
+        Ok(Self { positions, layers, forced, vocab, logits })
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// The oldest release whose C interface the tool uses.
+    /// The oldest release on which artifacts run.
     pub const OLDEST: Self = Self::new(1, 22, 0);
     /// The release the tool is tested with.
     pub const TESTED: Self = Self::new(1, 31, 1);
