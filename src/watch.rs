@@ -100,7 +100,7 @@ impl Watched {
             .map(|router| Value {
                 name: router.margins.clone(),
                 element: Element::Float(DType::F32),
-                shape: onnx::every_token(router.modules.len()),
+                shape: onnx::every_token(router.columns()),
             })
             .collect();
         let bytes = proto::with_outputs(model, &outputs)?;
@@ -135,13 +135,13 @@ impl Watched {
         let mut modules = Vec::new();
         let mut margins = Vec::new();
         for (router, found) in self.routers.iter().zip(found) {
-            let (value, expected) =
-                (router.margins.clone(), [shape.0, shape.1, router.modules.len()]);
+            let (value, expected) = (router.margins.clone(), [shape.0, shape.1, router.columns()]);
             if found.shape() != expected {
                 return Err(Error::Margins { value, expected, found: found.shape().to_vec() });
             }
             modules.extend(&router.modules);
-            found.axis_iter(Axis(2)).for_each(|column| margins.extend(column));
+            let own = found.axis_iter(Axis(2)).take(router.modules.len());
+            own.for_each(|column| margins.extend(column));
         }
         let shape = (modules.len(), shape.0, shape.1);
         // Every column above has an element a token.

@@ -265,7 +265,7 @@ fn kinds_for_one_token(exported: &Exported) -> String {
     let folder = tempfile::tempdir().unwrap();
     let runtime = Runtime::find(None, Version::OLDEST).unwrap();
     let options = session::Options {
-        shapes: Shapes::OneToken,
+        shapes: Shapes::OneEach(1),
         profile: Some(folder.path().join("profile")),
         ..session::Options::default()
     };

@@ -146,7 +146,7 @@ fn codes_lie_in_the_branch_that_reads_them() {
     let routed = |line: &&str| line.contains(".mlp.") || line.contains(".attention.");
     assert!(!main.is_empty() && !main.iter().any(routed), "{main:?}");
     assert!(inner.iter().any(|line| line.contains(".mlp.gate")));
-    assert!(inner.iter().any(|line| line.contains(".attention.one.kept.qkv")));
+    assert!(inner.iter().any(|line| line.contains(".attention.every.qkv")));
 }
 
 /// The checkpoint with the rows of one tensor moved down by one.

@@ -7,6 +7,7 @@ mod differential;
 mod end_to_end;
 mod errors;
 mod eval;
+mod forms;
 mod gpu;
 mod import;
 mod logits;

@@ -160,7 +160,7 @@ pub struct Routing {
     pub always: Vec<ModuleId>,
 }
 
-/// A value of the graph: `f32` `[tokens, modules]`; a token is kept at 0 or more.
+/// A value of the graph: `f32` `[batch, sequence, columns]`; a token is kept at 0 or more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Router {
     /// Its name.
@@ -168,6 +168,16 @@ pub struct Router {
     /// Whose margins they are, column by column.
     #[serde(with = "modules")]
     pub modules: Vec<ModuleId>,
+    /// Whether as many columns more hold the negatives, for the graph's own use.
+    #[serde(default)]
+    pub negatives: bool,
+}
+
+impl Router {
+    /// How many columns there are.
+    pub fn columns(&self) -> usize {
+        self.modules.len() * if self.negatives { 2 } else { 1 }
+    }
 }
 
 /// What the graph takes, gives and is made of.
@@ -246,9 +256,10 @@ impl Routing {
         if model.phase == ir::Phase::Lowered {
             let routers = crate::onnx::router_margins(model).into_iter();
             routing.routers = routers
-                .map(|crate::onnx::RouterMargins { value, modules }| Router {
+                .map(|crate::onnx::RouterMargins { value, modules, negatives }| Router {
                     margins: value,
                     modules,
+                    negatives,
                 })
                 .collect();
         }

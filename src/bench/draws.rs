@@ -60,8 +60,7 @@ impl Draws {
     }
 }
 
-/// What a forced graph's input takes for `routing` to be its decisions: `[batch, sequence,
-/// decisions]`. Modules that `routing` lacks keep every token.
+/// What a forced graph's input takes for `routing` to be its decisions. Modules that `routing` lacks keep every token.
 pub(super) fn biases(input: &force::Input, routing: &Routing) -> Array3<f32> {
     let (_, rows, sequence) = routing.margins.dim();
     let places: Vec<Option<usize>> = input
@@ -69,9 +68,8 @@ pub(super) fn biases(input: &force::Input, routing: &Routing) -> Array3<f32> {
         .iter()
         .map(|module| routing.modules.iter().position(|other| other == module))
         .collect();
-    Array3::from_shape_fn((rows, sequence, places.len()), |(b, s, column)| {
-        let keeps = |m| routing.keeps(m, b, s);
-        if places[column].is_none_or(keeps) { f32::INFINITY } else { f32::NEG_INFINITY }
+    input.biases((rows, sequence), |column, b, s| {
+        places[column].is_some_and(|m| !routing.keeps(m, b, s))
     })
 }
 
@@ -195,17 +193,21 @@ mod tests {
         let modules = modules(2);
         let input = Input::prompts(&[vec![1, 2, 3], vec![4, 5, 6]], Logits::Last);
         let routing = draws(0.5).routing(&modules, &input);
-        let first = force::Input { name: "forced.a".into(), modules: vec![modules[3], modules[0]] };
-        let biases = biases(&first, &routing);
-        assert_eq!(biases.dim(), (2, 3, 2));
-        for ((b, s, column), bias) in biases.indexed_iter() {
-            let m = [3, 0][column];
-            let keeps = routing.keeps(m, b, s);
-            assert_eq!(*bias >= 0.0, keeps, "{b}, {s}, {column}");
-            assert_eq!(!keeps, draws(0.5).skips(modules[m], b, s as i64));
+        let named = |modules: &[ModuleId], negatives| {
+            let (name, modules) = ("forced.a".to_owned(), modules.to_vec());
+            force::Input { name, modules, negatives }
+        };
+        for negatives in [false, true] {
+            let biases = biases(&named(&[modules[3], modules[0]], negatives), &routing);
+            assert_eq!(biases.dim(), (2, 3, if negatives { 4 } else { 2 }));
+            for ((b, s, column), bias) in biases.indexed_iter() {
+                let m = [3, 0][column % 2];
+                let keeps = routing.keeps(m, b, s);
+                assert_eq!(*bias >= 0.0, keeps == (column < 2), "{b}, {s}, {column}");
+                assert_eq!(!keeps, draws(0.5).skips(modules[m], b, s as i64));
+            }
         }
-        let unknown =
-            force::Input { name: "forced.b".into(), modules: self::modules(3)[5..].to_vec() };
+        let unknown = named(&self::modules(3)[5..], false);
         assert!(super::biases(&unknown, &routing).iter().all(|t| *t == f32::INFINITY));
     }
 

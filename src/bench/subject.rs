@@ -110,7 +110,11 @@ impl Source {
             (Form::Forced, Some(artifact)) => {
                 let routers = artifact.manifest.routing.routers.iter();
                 let routers: Vec<RouterMargins> = routers
-                    .map(|r| RouterMargins { value: r.margins.clone(), modules: r.modules.clone() })
+                    .map(|r| RouterMargins {
+                        value: r.margins.clone(),
+                        modules: r.modules.clone(),
+                        negatives: r.negatives,
+                    })
                     .collect();
                 let bytes = artifact.read(names::MODEL)?;
                 (Some(force::with_forced(&bytes, &routers)?), Some(artifact))

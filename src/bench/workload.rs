@@ -240,8 +240,8 @@ impl Script {
     pub(super) fn session(&self, options: &session::Options) -> session::Options {
         let steps = || self.warmup.iter().chain(self.samples.iter().flatten());
         let one = |input: &Input| input.ids.len() == 1;
-        match options.one_token() {
-            Some(alone) if steps().all(one) => alone,
+        match options.one_each(self.batch()) {
+            Some(alone) if steps().all(|input| input.sequence() == 1) => alone,
             beside => session::Options {
                 one_token_apart: beside.is_some() && steps().any(one),
                 ..options.clone()
@@ -316,8 +316,8 @@ mod tests {
             (shapes, one_token_apart)
         };
         let sessions = |workload, apart| on(Provider::Cpu, workload, apart);
-        assert_eq!(sessions("decode:1:10", true), (Shapes::OneToken, false));
-        assert_eq!(sessions("decode:2:10", true), (Shapes::Any, false));
+        assert_eq!(sessions("decode:1:10", true), (Shapes::OneEach(1), false));
+        assert_eq!(sessions("decode:2:10", true), (Shapes::OneEach(2), false));
         assert_eq!(sessions("prefill:4", true), (Shapes::Any, false));
         assert_eq!(sessions("mixed:4:3", true), (Shapes::Any, true));
         assert_eq!(sessions("decode:1:10", false), (Shapes::Any, false));

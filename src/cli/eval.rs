@@ -301,13 +301,20 @@ impl<'a> Asked<'a> {
             let perplexity = eval::perplexity(decoder, &tokens, self.windows, self.world, progress)
                 .with_context(|| path.display().to_string())?;
             bar.finish_and_clear();
+            screen::note(format_args!("{name}: {} read", path.display()));
             texts.push(Text { text: path.display().to_string(), perplexity });
         }
         let mut scores = None;
         if !self.tasks.is_empty() {
             let bar = screen::count("choosing");
             let encode = |text: &str| tokenizer.encode(text, false);
+            let mut task = String::new();
             let progress = |progress: choices::Progress<'_>| {
+                if progress.task != task {
+                    task = progress.task.to_owned();
+                    let (done, items) = (progress.done, progress.items);
+                    screen::note(format_args!("{name}: {task}, from item {done} of {items} on"));
+                }
                 bar.set_length(progress.items as u64);
                 bar.set_position(progress.done as u64);
                 bar.set_message(format!("{name}, {}", progress.task));

@@ -1,9 +1,9 @@
 //! The attention module. Keys and values are computed for every token, whatever the decision, and
 //! always enter the cache; only the query, the core and the output projection are skipped.
 //!
-//! A conditional module stands in the graph twice, over the same weights. For a step of one token
-//! there is nothing to gather: either everything runs, with q, k and v in one product, or k and v
-//! alone, which are rows of the same matrix. For several tokens k and v are computed for all, q and
+//! A conditional module stands in the graph in several forms, over the same weights. Where each sequence has one new
+//! token and none is skipped, there is nothing to gather: q, k and v are one product. One token that
+//! is skipped needs k and v alone, which are rows of the same matrix. Otherwise k and v are computed for all, q and
 //! o for those that are kept. Each of these products has an initializer of its own, over the same
 //! bytes: ONNX Runtime packs no weight that two nodes share, and without that a product in few bits is
 //! ten times slower.
@@ -24,7 +24,7 @@ mod shared;
 
 pub(super) use shared::{Shared, preamble};
 
-use core::{Cache, Forms, Seen, When};
+use core::{Cache, Seen, When};
 use heads::{Projected, heads_first};
 
 /// Where the module stands and what it may use.
@@ -135,7 +135,7 @@ impl Context<'_> {
                 self.kept_core(b, &rows, &q, &cache)
             } else {
                 let context = self.core_in_place(b, &self.name, &rows, &q, &cache);
-                rows.gather(b, &format!("{}.context.rows", self.name), &context)
+                rows.places.gather(b, &format!("{}.context.rows", self.name), &context)
             };
             self.add_output(b, &rows, x, &context, output)
         };
@@ -148,7 +148,8 @@ impl Context<'_> {
         dispatch::if_any(b, decision, &output, width, x, then)
     }
 
-    /// One token that is kept, which is told at once; else one that is not, or several.
+    /// Every token, where none is skipped and a sequence has no more than one, or is alone: told at once. Else one
+    /// token that is skipped, or some of several.
     fn conditional(&self, b: &mut Builder, decision: &Decision, x: &str, normed: &str) -> Name {
         let outputs = self.outputs(&format!("{}.output", self.name));
         let rows = b.every_token(self.config.hidden_size);
@@ -159,22 +160,23 @@ impl Context<'_> {
             let one = dispatch::ONE_TOKEN;
             self.branch(b, &self.inner("otherwise"), rows.clone(), one, skip, several)
         };
-        let run = |b: &mut Builder| self.one_kept(b, x, normed);
-        let [output, ..] = self.branch(b, &outputs, rows.clone(), decision.any(), run, otherwise);
+        let run = |b: &mut Builder| self.every(b, x, normed);
+        let skips = decision.any_skipped();
+        let [output, ..] = self.branch(b, &outputs, rows.clone(), skips, otherwise, run);
         output
     }
 
-    /// A step of one token that is kept.
-    fn one_kept(&self, b: &mut Builder, x: &str, normed: &str) -> WithCache {
-        let place = format!("{}.one.kept", self.name);
+    /// A step that skips nothing, of one token in each sequence or of one sequence alone.
+    fn every(&self, b: &mut Builder, x: &str, normed: &str) -> WithCache {
+        let place = format!("{}.every", self.name);
         let projected = self.project_all(b, &place, normed);
-        let names = self.of_core("one.kept");
+        let names = self.of_core("every");
         let [context, key, value] = self.grouped(b, &projected, Seen::by_one_token(b), &names);
         let change = b.linear(&format!("{place}.o"), &context, &self.attention.o, b.dtype);
         [b.op(&format!("{place}.output"), "Add", &[x, &change]), key, value]
     }
 
-    /// A step of one token that is skipped: its key and value enter the cache all the same.
+    /// A step of one token, which is skipped: its key and value enter the cache all the same.
     fn one_skipped(&self, b: &mut Builder, x: &str, normed: &str) -> WithCache {
         let place = format!("{}.one.skipped", self.name);
         let [k, v] = self.keys_and_values(b, &place, normed);
@@ -203,10 +205,10 @@ impl Context<'_> {
                 let projected = Projected::Apart([q.clone(), k.clone(), v.clone()]);
                 return self.grouped(b, &projected, seen, names);
             }
-            let q = rows.scatter(b, &format!("{place}.q"), self.zero_queries(), &q);
+            let q = rows.places.scatter(b, &format!("{place}.q"), self.zero_queries(), &q);
             let projected = Projected::Apart([q, k.clone(), v.clone()]);
             let [context, key, value] = self.grouped(b, &projected, seen, names);
-            [rows.gather(b, &format!("{place}.context.rows"), &context), key, value]
+            [rows.places.gather(b, &format!("{place}.context.rows"), &context), key, value]
         };
         let chunk = |b: &mut Builder| {
             let place = format!("{place}.chunk");
@@ -223,22 +225,22 @@ impl Context<'_> {
                 context
             } else {
                 let context = self.core_in_place(b, &place, &rows, &q, &cache);
-                rows.gather(b, &format!("{place}.context.rows"), &context)
+                rows.places.gather(b, &format!("{place}.context.rows"), &context)
             };
             let Cache { present: [key, value], .. } = cache;
             [context, key, value]
         };
         let context = format!("{}.context.kept", self.name);
-        let Forms { single, mut whole } = self.shared.forms();
-        if conditional && !matches!(whole, When::Never) {
-            // A sequence that skips some goes without their queries.
-            let all = rows.all(b, &self.name);
-            whole = whole.and(b, &format!("{}.all.besides", self.name), all);
+        let mut forms = self.shared.forms();
+        if conditional && matches!(forms.whole, When::Always) {
+            // What skips nothing is not here.
+            forms.whole = When::Never;
         }
         let names = (&[context, key, value], &inside as &dyn Fn(&str) -> WithCache);
-        let forms = Forms { single, whole };
+        // A sequence that skips some goes without their queries.
+        let all = conditional.then_some(&rows);
         let [context, key, value] =
-            self.by_form(b, &forms, names, &self.kept_shape(), joint, chunk);
+            self.by_form(b, forms, all, names, &self.kept_shape(), joint, chunk);
         [self.add_output(b, &rows, x, &context, &output), key, value]
     }
 
@@ -252,6 +254,6 @@ impl Context<'_> {
         output: &str,
     ) -> Name {
         let change = b.linear(&format!("{}.o", self.name), context, &self.attention.o, b.dtype);
-        rows.add(b, output, x, &change)
+        rows.places.add(b, output, x, &change)
     }
 }

@@ -137,9 +137,7 @@ impl Builder {
         outputs
     }
 
-    /// `then` if `condition`, which has one element, else `otherwise`; both build values of these
-    /// shapes, in the model's dtype. Their names must be of their own: a branch cannot give a value
-    /// of the graph around it.
+    /// As [`Self::branch_of`], in the model's dtype.
     pub(super) fn branch<const N: usize>(
         &mut self,
         outputs: &[(&str, Vec<Dim>); N],
@@ -147,15 +145,30 @@ impl Builder {
         then: impl FnOnce(&mut Self) -> [Name; N],
         otherwise: impl FnOnce(&mut Self) -> [Name; N],
     ) -> [Name; N] {
-        let name = outputs.first().map(|(name, _)| *name).unwrap_or_default();
-        let shapes = outputs.each_ref().map(|(_, shape)| shape);
-        let then = self.body(&format!("{name}.then"), shapes, then);
-        let otherwise = self.body(&format!("{name}.else"), shapes, otherwise);
+        let element = Element::Float(self.dtype);
+        let outputs = outputs.each_ref().map(|(name, shape)| (*name, element, shape.clone()));
+        self.branch_of(&outputs, condition, then, otherwise)
+    }
+
+    /// `then` if `condition`, which has one element, else `otherwise`; both build values of these
+    /// elements and shapes. Their names must be of their own: a branch cannot give a value of the graph around
+    /// it.
+    pub(super) fn branch_of<const N: usize>(
+        &mut self,
+        outputs: &[(&str, Element, Vec<Dim>); N],
+        condition: &str,
+        then: impl FnOnce(&mut Self) -> [Name; N],
+        otherwise: impl FnOnce(&mut Self) -> [Name; N],
+    ) -> [Name; N] {
+        let names = outputs.each_ref().map(|(name, ..)| *name);
+        let name = names.first().copied().unwrap_or_default();
+        let types = outputs.each_ref().map(|(_, element, shape)| (*element, shape));
+        let then = self.body(&format!("{name}.then"), types, then);
+        let otherwise = self.body(&format!("{name}.else"), types, otherwise);
         let branches = vec![
             ("else_branch", Attribute::Graph(otherwise)),
             ("then_branch", Attribute::Graph(then)),
         ];
-        let names = outputs.each_ref().map(|(name, _)| *name);
         self.node(name, "", "If", &[condition], &names, branches);
         names.map(str::to_owned)
     }
@@ -172,7 +185,8 @@ impl Builder {
         let name = |part: &str| format!("{output}.{part}");
         let scalar = |name, element| Value { name, element, shape: vec![] };
         let (number, go_on, going) = (name("number"), name("go_on"), name("going"));
-        let mut repeated = self.body(&name("body"), [&shape.to_vec()], |b| {
+        let (element, shape) = (Element::Float(self.dtype), shape.to_vec());
+        let mut repeated = self.body(&name("body"), [(element, &shape)], |b| {
             b.op(&going, "Identity", &[&go_on]);
             [body(b, &number)]
         });
@@ -185,7 +199,7 @@ impl Builder {
     fn body<const N: usize>(
         &mut self,
         name: &str,
-        shapes: [&Vec<Dim>; N],
+        types: [(Element, &Vec<Dim>); N],
         build: impl FnOnce(&mut Self) -> [Name; N],
     ) -> Graph {
         let outer = (std::mem::take(&mut self.nodes), std::mem::take(&mut self.weights));
@@ -201,10 +215,10 @@ impl Builder {
             let plain = |weight: &Initializer| !matches!(weight.data, Data::Quantized(_));
             self.weights.extend(initializers.extract_if(.., |weight| plain(weight)));
         }
-        let element = Element::Float(self.dtype);
-        let outputs = outputs.into_iter().zip(shapes);
-        let outputs =
-            outputs.map(|(name, shape)| Value { name, element, shape: shape.clone() }).collect();
+        let outputs = outputs.into_iter().zip(types);
+        let outputs = outputs
+            .map(|(name, (element, shape))| Value { name, element, shape: shape.clone() })
+            .collect();
         Graph { name: name.to_owned(), outputs, nodes, initializers, ..Graph::default() }
     }
 

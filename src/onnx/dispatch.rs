@@ -22,9 +22,12 @@ pub(super) const ONE_TOKEN: &str = "step.one_token";
 pub(super) struct Rows {
     /// Whether each token is kept, `[tokens]`.
     keep: Name,
-    /// The kept tokens' places, `[1, kept, 2]`.
-    places: Name,
+    /// Where these lie.
+    pub(super) places: Places,
 }
+
+/// Places of tokens, `[1, tokens, 2]`.
+pub(super) struct Places(Name);
 
 /// Whether a module with this routing gathers rows.
 pub(super) fn gathers(routing: &Routing) -> bool {
@@ -88,17 +91,17 @@ pub(super) fn kept_rows(
     let (output, kept) = (format!("{name}.output"), format!("{name}.rows"));
     if decision.dispatch != Dispatch::Conditional {
         let rows = Rows::of(b, decision, name);
-        let kept = rows.gather(b, &kept, x);
+        let kept = rows.places.gather(b, &kept, x);
         let change = change(b, &kept);
-        return Stream::Value(rows.add(b, &output, x, &change));
+        return Stream::Value(rows.places.add(b, &output, x, &change));
     }
-    let run = |b: &mut Builder| one_or_several(b, decision, width, x, &kept, change);
+    let run = |b: &mut Builder| every_or_some(b, decision, width, x, &kept, change);
     Stream::Value(if_any(b, decision, &output, width, x, run))
 }
 
-/// `x` with the change of its kept rows, of which there is one at least. One token is all there is to
-/// keep, and no row has to be found.
-fn one_or_several(
+/// `x` with the change of its kept rows, of which there is one at least. Where nothing is skipped no row has to be
+/// found; of one token that is known beforehand.
+fn every_or_some(
     b: &mut Builder,
     decision: &Decision,
     width: usize,
@@ -106,23 +109,70 @@ fn one_or_several(
     kept: &str,
     change: impl FnOnce(&mut Builder, &str) -> Name,
 ) -> Name {
-    let one = |b: &mut Builder| [b.op(&format!("{kept}.one"), "Identity", &[x])];
-    let several = |b: &mut Builder| {
-        let rows = Rows::of(b, decision, kept);
-        [rows.gather(b, &format!("{kept}.several"), x)]
-    };
-    let some = vec![Dim::Fixed(1), Dim::Open, Dim::Fixed(width)];
-    let [rows] = b.branch(&[(kept, some)], ONE_TOKEN, one, several);
-    let change = change(b, &rows);
-    let sum = format!("{}.sum", decision.place);
-    let one = |b: &mut Builder| [b.op(&format!("{sum}.one"), "Add", &[x, &change])];
-    let several = |b: &mut Builder| {
-        let rows = Rows::of(b, decision, &sum);
-        [rows.add(b, &format!("{sum}.several"), x, &change)]
-    };
-    let shape = b.every_token(width);
-    let [sum] = b.branch(&[(&*sum, shape)], ONE_TOKEN, one, several);
+    let (row, every_token) = (Dim::Fixed(width), b.every_token(width));
+    let (number, place) = (Element::Float(b.dtype), Element::Int64);
+    let found = &[
+        ("", number, vec![Dim::Open, Dim::Open, row]),
+        (".places", place, vec![Dim::Fixed(1), Dim::Open, Dim::Fixed(2)]),
+    ];
+    let [rows, places] = by_form(
+        b,
+        decision,
+        kept,
+        found,
+        |b, name| {
+            let all = |(part, x)| b.op(&format!("{name}{part}"), "Identity", &[x]);
+            [("", x), (".places", PLACES)].map(all)
+        },
+        |b, name| {
+            let Rows { places, .. } = Rows::of(b, decision, name);
+            [places.gather(b, name, x), places.0]
+        },
+    );
+    let (change, places) = (change(b, &rows), Places(places));
+    let [sum] = by_form(
+        b,
+        decision,
+        &format!("{}.sum", decision.place),
+        &[("", number, every_token)],
+        |b, name| [b.op(name, "Add", &[x, &change])],
+        |b, name| [places.add(b, name, x, &change)],
+    );
     sum
+}
+
+/// What a step takes under `name`, by whether it skips any token of a module: `every` if not, else `some`, given the
+/// names of their own. The outputs are the ends of their names, their elements and shapes.
+fn by_form<const N: usize>(
+    b: &mut Builder,
+    decision: &Decision,
+    name: &str,
+    outputs: &[(&str, Element, Vec<Dim>); N],
+    every: impl Fn(&mut Builder, &str) -> [Name; N],
+    some: impl FnOnce(&mut Builder, &str) -> [Name; N],
+) -> [Name; N] {
+    let form = |form: &str| format!("{name}.{form}");
+    let several = |b: &mut Builder| {
+        let every = |b: &mut Builder| every(b, &form("every"));
+        let some = |b: &mut Builder| some(b, &form("some"));
+        named(b, &form("several"), outputs, decision.any_skipped(), some, every)
+    };
+    named(b, name, outputs, ONE_TOKEN, |b| every(b, &form("one")), several)
+}
+
+/// A branch whose outputs are `name` with these ends.
+fn named<const N: usize>(
+    b: &mut Builder,
+    name: &str,
+    outputs: &[(&str, Element, Vec<Dim>); N],
+    condition: &str,
+    then: impl FnOnce(&mut Builder) -> [Name; N],
+    otherwise: impl FnOnce(&mut Builder) -> [Name; N],
+) -> [Name; N] {
+    let names = outputs.each_ref().map(|(end, ..)| format!("{name}{end}"));
+    let mut types = outputs.each_ref().map(|(_, element, shape)| ("", *element, shape.clone()));
+    types.iter_mut().zip(&names).for_each(|(output, name)| output.0 = name);
+    b.branch_of(&types, condition, then, otherwise)
 }
 
 /// `run` if any token is kept, else `x` `[batch, sequence, width]`, under the name `output`.
@@ -138,7 +188,7 @@ pub(super) fn if_any(
     let run = |b: &mut Builder| [run(b)];
     let skip = |b: &mut Builder| [b.op(&skipped, "Identity", &[x])];
     let shape = b.every_token(width);
-    let [output] = b.branch(&[(output, shape)], decision.any(), run, skip);
+    let [output] = b.branch(&[(output, shape)], decision.any_kept(), run, skip);
     output
 }
 
@@ -148,18 +198,18 @@ impl Rows {
         let keep = decision.vector(b, name);
         let axis = vec![("axis", Attribute::Int(1))];
         let places = b.op_with(&format!("{name}.kept"), "Compress", &[PLACES, &keep], axis);
-        Self { keep, places }
+        Self { keep, places: Places(places) }
     }
 
     /// Whether there is one at all.
     pub(super) fn any(&self, b: &mut Builder, place: &str) -> Name {
-        let count = b.op(&format!("{place}.count"), "Size", &[&self.places]);
+        let count = b.op(&format!("{place}.count"), "Size", &[&self.places.0]);
         b.cast_to(&format!("{place}.any"), &count, Element::Bool)
     }
 
     /// Whether these are all tokens.
     pub(super) fn all(&self, b: &mut Builder, place: &str) -> Name {
-        let count = b.op(&format!("{place}.kept.count"), "Size", &[&self.places]);
+        let count = b.op(&format!("{place}.kept.count"), "Size", &[&self.places.0]);
         b.op(&format!("{place}.all"), "Equal", &[&count, PLACES_COUNT])
     }
 
@@ -167,22 +217,24 @@ impl Rows {
     pub(super) fn keep(&self) -> &str {
         &self.keep
     }
+}
 
-    /// What `x` `[batch, sequence, …]` has for the kept tokens: `[1, kept, …]`.
+impl Places {
+    /// What `x` `[batch, sequence, …]` has for these tokens: `[1, tokens, …]`.
     pub(super) fn gather(&self, b: &mut Builder, name: &str, x: &str) -> Name {
-        b.op(name, "GatherND", &[x, &self.places])
+        b.op(name, "GatherND", &[x, &self.0])
     }
 
-    /// `x` `[batch, sequence, width]` with the kept rows replaced by `rows` `[1, kept, width]`.
+    /// `x` `[batch, sequence, width]` with these rows replaced by `rows` `[1, tokens, width]`.
     pub(super) fn scatter(&self, b: &mut Builder, name: &str, x: &str, rows: &str) -> Name {
-        b.op(name, "ScatterND", &[x, &self.places, rows])
+        b.op(name, "ScatterND", &[x, &self.0, rows])
     }
 
-    /// `x` `[batch, sequence, width]` with `change` `[1, kept, width]` added to the kept rows.
+    /// `x` `[batch, sequence, width]` with `change` `[1, tokens, width]` added to these rows.
     pub(super) fn add(&self, b: &mut Builder, name: &str, x: &str, change: &str) -> Name {
         if b.dtype == DType::F32 {
             let add = vec![("reduction", Attribute::Text("add"))];
-            return b.op_with(name, "ScatterND", &[x, &self.places, change], add);
+            return b.op_with(name, "ScatterND", &[x, &self.0, change], add);
         }
         // ONNX Runtime's CPU kernel adds no half-precision numbers.
         let kept = self.gather(b, &format!("{name}.residual"), x);

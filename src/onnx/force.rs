@@ -9,6 +9,7 @@
 //! are computed as before, and the time of a step is that of an artifact whose routers decide so. Only a router
 //! without a bias gets a node more, to add one.
 
+use ndarray::Array3;
 use onnx_protobuf::{Message, ModelProto, NodeProto};
 use skipgpt_passes::ir::{DType, ModuleId};
 
@@ -20,13 +21,35 @@ use super::stream::every_token;
 /// How the names of these inputs begin.
 pub const PREFIX: &str = "forced.";
 
-/// An input that stands in for a router's bias: `f32` `[batch, sequence, modules]`.
+/// An input that stands in for a router's bias: `f32` `[batch, sequence, columns]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Input {
     /// Its name.
     pub name: String,
     /// Whose decisions it holds, column by column.
     pub modules: Vec<ModuleId>,
+    /// Whether as many columns more hold the negatives.
+    pub negatives: bool,
+}
+
+impl Input {
+    /// What makes decisions of so many rows and tokens: whether a module, by its column, skips the token at a row
+    /// and a column.
+    pub fn biases(
+        &self,
+        (rows, sequence): (usize, usize),
+        skips: impl Fn(usize, usize, usize) -> bool,
+    ) -> Array3<f32> {
+        let modules = self.modules.len();
+        Array3::from_shape_fn((rows, sequence, self.columns()), |(row, token, column)| {
+            let skips = skips(column % modules, row, token);
+            if skips == (column < modules) { f32::NEG_INFINITY } else { f32::INFINITY }
+        })
+    }
+
+    fn columns(&self) -> usize {
+        self.modules.len() * if self.negatives { 2 } else { 1 }
+    }
 }
 
 /// Why a model's decisions cannot be taken from outside.
@@ -54,12 +77,14 @@ pub fn with_forced(
     let mut model = ModelProto::parse_from_bytes(bytes).map_err(proto::Error::from)?;
     let graph = model.graph.mut_or_insert_default();
     let mut inputs = Vec::with_capacity(routers.len());
-    for RouterMargins { value, modules } in routers {
+    for RouterMargins { value, modules, negatives } in routers {
         let place = value.strip_suffix(".router.margins").unwrap_or(value);
-        let input = Input { name: format!("{PREFIX}{place}"), modules: modules.clone() };
+        let unknown = || Error::NoRouter(value.clone());
         let at = graph.node.iter().position(|node| node.output.first() == Some(value));
-        let at = at.ok_or_else(|| Error::NoRouter(value.clone()))?;
+        let at = at.ok_or_else(unknown)?;
         let node = &mut graph.node[at];
+        let (name, modules) = (format!("{PREFIX}{place}"), modules.clone());
+        let input = Input { name, modules, negatives: *negatives };
         match (node.op_type.as_str(), node.input.len()) {
             ("Add", 2) => {
                 let bias = std::mem::replace(&mut node.input[1], input.name.clone());
@@ -77,12 +102,12 @@ pub fn with_forced(
                 };
                 graph.node.insert(at + 1, sum);
             }
-            _ => return Err(Error::NoRouter(value.clone())),
+            _ => return Err(unknown()),
         }
         graph.input.push(value_proto(&Value {
             name: input.name.clone(),
             element: Element::Float(DType::F32),
-            shape: every_token(modules.len()),
+            shape: every_token(input.columns()),
         }));
         inputs.push(input);
     }

@@ -162,8 +162,19 @@ fn lower_layer(
 /// All margins as one output, `[modules, batch, sequence]`: what was compared with 0.
 fn emit_routing(b: &mut Builder, routers: &[RouterMargins]) -> Value {
     let columns: Vec<&str> = routers.iter().map(|router| router.value.as_str()).collect();
-    let axis = vec![("axis", Attribute::Int(2))];
-    let all = b.op_with("routing.columns", "Concat", &columns, axis);
+    let axis = || vec![("axis", Attribute::Int(2))];
+    let mut all = b.op_with("routing.columns", "Concat", &columns, axis());
+    if routers.iter().any(|router| router.negatives) {
+        let mut next = 0;
+        let own = routers.iter().flat_map(|router| {
+            let (first, own) = (next, router.modules.len());
+            next += router.columns();
+            (first..first + own).map(|column| column as i64)
+        });
+        let own = own.collect::<Vec<_>>();
+        let own = b.ints("routing.own_columns", &own);
+        all = b.op_with("routing.margins", "Gather", &[&all, &own], axis());
+    }
     let modules_first = vec![("perm", Attribute::Ints(vec![2, 0, 1]))];
     b.op_with(ROUTING, "Transpose", &[&all], modules_first);
     let modules = routers.iter().map(|router| router.modules.len()).sum();

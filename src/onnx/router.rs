@@ -24,32 +24,56 @@ pub(super) struct Decision {
     margins: Name,
     /// Which of them is its own.
     slot: usize,
-    /// Whether any token is kept, one element, where somebody asks; of a gated module, whether it is the
-    /// only one.
-    any: Option<Name>,
+    /// What it comes to for all tokens, where a branch asks.
+    together: Option<Together>,
+}
+
+/// What a step's decisions on one module come to, one element each.
+#[derive(Debug, Clone)]
+struct Together {
+    /// Whether any token is kept.
+    any_kept: Name,
+    /// Whether any token is skipped; of a gated module also whether a sequence has more new tokens than one.
+    any_skipped: Name,
 }
 
 /// Where a router's margins are found in the graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterMargins {
-    /// The value's name: `f32` `[batch, sequence, modules]`; 0 or more keeps.
+    /// The value's name: `f32` `[batch, sequence, columns]`; 0 or more keeps. Where branches ask, as many columns
+    /// more hold the negatives.
     pub value: String,
     /// Whose margins they are, column by column.
     pub modules: Vec<ModuleId>,
+    /// Whether there are the negatives.
+    pub negatives: bool,
+}
+
+impl RouterMargins {
+    /// How many columns there are.
+    pub(super) fn columns(&self) -> usize {
+        self.modules.len() * if self.negatives { 2 } else { 1 }
+    }
 }
 
 /// Every router of a lowered model, in the order of its modules.
 pub fn router_margins(model: &Model) -> Vec<RouterMargins> {
     let mut routers: Vec<RouterMargins> = Vec::new();
     for module in model.routed_modules() {
-        let Some(Routing::Routed { source, .. }) = model.routing(module) else { continue };
+        let Some(routing @ Routing::Routed { source, .. }) = model.routing(module) else {
+            continue;
+        };
+        let negatives = dispatch::branches(routing);
         let (value, slot) = match source {
             Source::Own(_) => (margins_of(&module.to_string()), 0),
             Source::Shared { slot } => (margins_of(&format!("layers.{}", module.layer)), *slot),
         };
         match routers.last_mut().filter(|last| last.value == value) {
-            Some(last) => last.modules.insert(slot.min(last.modules.len()), module),
-            None => routers.push(RouterMargins { value, modules: vec![module] }),
+            Some(last) => {
+                last.modules.insert(slot.min(last.modules.len()), module);
+                last.negatives |= negatives;
+            }
+            None => routers.push(RouterMargins { value, modules: vec![module], negatives }),
         }
     }
     routers
@@ -60,32 +84,53 @@ fn margins_of(place: &str) -> Name {
     format!("{place}.router.margins")
 }
 
-/// What a router decides: its margins, and, where a branch asks, whether any token is kept, by slot.
+/// What a router decides: its margins, and, where a branch asks, what they come to, by slot.
 #[derive(Debug, Clone)]
 pub(super) struct Decided {
     margins: Name,
-    any: Vec<Name>,
+    together: Vec<Together>,
 }
 
-/// What a margin has to reach in a step, by decision: an attention module's branch for one token is not
-/// for several, so that there no margin reaches it. Nothing reaches NaN, infinity not even itself.
-pub(super) fn floors(b: &mut Builder, model: &Model, one_token: &str) {
-    let zero = b.floats("constants.zero.vector", &[1], &[0.0]);
-    let never = b.floats("constants.never", &[1], &[f32::NAN]);
-    let gate = b.op(floor(1), "Where", &[one_token, &zero, &never]);
-    if model.layers.iter().filter_map(|layer| layer.router.as_ref()).any(|r| r.decisions == 2) {
-        let axis = vec![("axis", Attribute::Int(0))];
-        b.op_with(floor(2), "Concat", &[&gate, &zero], axis);
+/// The least that a negative margin reaches which skips: the least positive number that no setting takes for 0.
+const SKIPS: f32 = f32::MIN_POSITIVE;
+
+/// What the largest of all tokens has to reach, by decision and then by its negative. An attention module's
+/// branch for all tokens is for steps of one token a sequence, which `single` tells: the first negative
+/// reaches its floor in every other.
+pub(super) fn gated_floors(b: &mut Builder, model: &Model, single: &str) {
+    let routers = || model.layers.iter().filter_map(|layer| layer.router.as_ref());
+    for decisions in [1, 2] {
+        let alone = decisions == 1;
+        let own = alone && model.layers.iter().any(|layer| layer.router.is_none());
+        if !own && !routers().any(|router| router.decisions == decisions) {
+            continue;
+        }
+        let mut always = floors(decisions);
+        always[decisions] = f32::NEG_INFINITY;
+        let never = ungated(b, decisions);
+        let always = b.floats(&format!("{never}.always"), &[always.len()], &always);
+        b.op(&gated(decisions), "Where", &[single, &never, &always]);
     }
 }
 
-/// The name of the floors of so many decisions, attention's first.
-const fn floor(decisions: usize) -> &'static str {
-    if decisions == 1 { "step.floor" } else { "step.floors" }
+/// The floors of so many decisions, and of their negatives.
+fn floors(decisions: usize) -> Vec<f32> {
+    [vec![0.0; decisions], vec![SKIPS; decisions]].concat()
+}
+
+/// The floors of so many decisions where none has a gate.
+fn ungated(b: &mut Builder, decisions: usize) -> Name {
+    let name = format!("routing.floors.{decisions}");
+    b.floats(&name, &[2 * decisions], &floors(decisions))
+}
+
+/// The name of the floors of so many decisions, attention's first, which has a gate.
+fn gated(decisions: usize) -> Name {
+    format!("step.floors.{decisions}")
 }
 
 /// What the layer's shared router, if it has one, decides on `x` `[batch, sequence, hidden]`. The branch of a
-/// conditional attention module is for steps of one token if `gated`.
+/// conditional attention module for all tokens is for steps of one token a sequence if `gated`.
 pub(super) fn shared(b: &mut Builder, layer: &Layer, gated: bool, x: &str) -> Option<Decided> {
     let SharedRouter { hidden, output, decisions } = layer.router.as_ref()?;
     let asks = |kind| {
@@ -94,13 +139,13 @@ pub(super) fn shared(b: &mut Builder, layer: &Layer, gated: bool, x: &str) -> Op
             shared && dispatch::branches(routing)
         })
     };
-    let any = match (asks(ModuleKind::Attention), asks(ModuleKind::Mlp)) {
-        (true, _) if gated => Any::Gated,
-        (false, false) => Any::Unasked,
-        _ => Any::Kept,
+    let asked = match (asks(ModuleKind::Attention), asks(ModuleKind::Mlp)) {
+        (true, _) if gated => Asked::Gated,
+        (false, false) => Asked::Nothing,
+        _ => Asked::Together,
     };
     let place = format!("layers.{}", layer.index);
-    Some(decide_all(b, &place, (hidden.as_ref(), output), *decisions, any, x))
+    Some(decide_all(b, &place, (hidden.as_ref(), output), *decisions, asked, x))
 }
 
 /// The decision of one module, from the layer's shared router or its own on `x`; `None` if it runs
@@ -115,28 +160,28 @@ pub(super) fn decide(
 ) -> Option<Decision> {
     let Routing::Routed { source, dispatch: Some(dispatch) } = routing else { return None };
     let (place, dispatch) = (module.to_string(), *dispatch);
-    let (Decided { margins, any }, slot) = match source {
+    let (Decided { margins, together }, slot) = match source {
         Source::Shared { slot } => (shared?.clone(), *slot),
         Source::Own(router) => {
-            let any = match (dispatch, module.kind) {
-                (Dispatch::Conditional, ModuleKind::Attention) if gated => Any::Gated,
-                (Dispatch::Conditional, _) => Any::Kept,
-                _ => Any::Unasked,
+            let asked = match (dispatch, module.kind) {
+                (Dispatch::Conditional, ModuleKind::Attention) if gated => Asked::Gated,
+                (Dispatch::Conditional, _) => Asked::Together,
+                _ => Asked::Nothing,
             };
-            (decide_all(b, &place, (router.hidden.as_ref(), &router.output), 1, any, x), 0)
+            (decide_all(b, &place, (router.hidden.as_ref(), &router.output), 1, asked, x), 0)
         }
     };
-    Some(Decision { place, dispatch, margins, slot, any: any.get(slot).cloned() })
+    let together = together.get(slot).cloned();
+    Some(Decision { place, dispatch, margins, slot, together })
 }
 
-/// What is asked of all tokens' decisions together.
+/// What is asked of all tokens' decisions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Any {
-    /// Nothing.
-    Unasked,
-    /// Whether any is kept.
-    Kept,
-    /// The same; of the first decision, whether its token is the only one and kept.
+enum Asked {
+    Nothing,
+    /// What they come to.
+    Together,
+    /// The same, the first decision having a gate.
     Gated,
 }
 
@@ -146,7 +191,7 @@ fn decide_all(
     place: &str,
     (hidden, output): (Option<&Linear>, &Linear),
     decisions: usize,
-    any: Any,
+    asked: Asked,
     x: &str,
 ) -> Decided {
     let name = format!("{place}.router");
@@ -155,43 +200,48 @@ fn decide_all(
         let wide = b.linear(&format!("{name}.hidden"), &x, hidden, DType::F32);
         x = b.op(&format!("{name}.relu"), "Relu", &[&wide]);
     }
-    let margins = b.linear(&margins_of(place), &x, &difference(output, decisions), DType::F32);
-    let any = match any {
-        Any::Unasked => vec![],
-        asked => any_kept(b, &name, &margins, decisions, asked == Any::Gated),
+    let output = difference(output, decisions, asked != Asked::Nothing);
+    let margins = b.linear(&margins_of(place), &x, &output, DType::F32);
+    let together = match asked {
+        Asked::Nothing => vec![],
+        asked => together(b, &name, &margins, decisions, asked == Asked::Gated),
     };
-    Decided { margins, any }
+    Decided { margins, together }
 }
 
-/// Whether any token is kept, by decision, one element each.
-fn any_kept(
+/// What the decisions of all tokens come to, by decision: the least margin is the largest negative, so that one
+/// operator finds both ends.
+fn together(
     b: &mut Builder,
     name: &str,
     margins: &str,
     decisions: usize,
-    gated: bool,
-) -> Vec<Name> {
+    has_gate: bool,
+) -> Vec<Together> {
     let tokens = b.ints("constants.token_axes", &[0, 1]);
-    let keep = vec![("keepdims", Attribute::Int(0))];
-    let largest = b.op_with(&format!("{name}.largest"), "ReduceMax", &[margins, &tokens], keep);
-    let floor = if gated {
-        floor(decisions).to_owned()
-    } else {
-        b.floats("constants.zero.f32", &[], &[0.0])
-    };
-    let any = b.op(&format!("{name}.any"), "GreaterOrEqual", &[&largest, &floor]);
+    let drop = vec![("keepdims", Attribute::Int(0))];
+    let largest = b.op_with(&format!("{name}.largest"), "ReduceMax", &[margins, &tokens], drop);
+    let floors = if has_gate { gated(decisions) } else { ungated(b, decisions) };
+    let name = format!("{name}.any");
+    let any = b.op(&name, "GreaterOrEqual", &[&largest, &floors]);
+    let together = |[any_kept, any_skipped]: [Name; 2]| Together { any_kept, any_skipped };
     if decisions == 1 {
-        return vec![any];
+        return vec![together(b.split(&name, &any, ["kept", "skipped"]))];
     }
-    b.split(&format!("{name}.any"), &any, ["0", "1"]).to_vec()
+    let parts = ["kept.0", "kept.1", "skipped.0", "skipped.1"];
+    let [kept, other_kept, skipped, other_skipped] = b.split(&name, &any, parts);
+    vec![together([kept, skipped]), together([other_kept, other_skipped])]
 }
 
-/// The rows of the keep scores less those of the skip scores.
-fn difference(Linear { weight, bias, .. }: &Linear, decisions: usize) -> Linear {
+/// The rows of the keep scores less those of the skip scores; if `both`, then also the negatives.
+fn difference(Linear { weight, bias, .. }: &Linear, decisions: usize, both: bool) -> Linear {
     let half = |weight: &Weight| {
         let rows =
             |first| Weight::Slice { of: Box::new(weight.clone()), rows: first..first + decisions };
-        Weight::Difference { of: Box::new(rows(0)), minus: Box::new(rows(decisions)) }
+        let [keep, skip] = [rows(0), rows(decisions)];
+        let (of, minus) =
+            if both { (weight.clone(), Weight::Concat(vec![skip, keep])) } else { (keep, skip) };
+        Weight::Difference { of: Box::new(of), minus: Box::new(minus) }
     };
     Linear { weight: half(weight), bias: bias.as_ref().map(half), lora: None }
 }
@@ -213,9 +263,15 @@ impl Decision {
         b.op(&format!("{place}.keep.flat"), "Reshape", &[&keep, &flat])
     }
 
-    /// Whether any token is kept, one element; of a gated module, whether it is the only one.
-    pub(super) fn any(&self) -> &str {
-        self.any.as_deref().unwrap_or_default()
+    /// Whether any token is kept, one element.
+    pub(super) fn any_kept(&self) -> &str {
+        self.together.as_ref().map_or("", |together| &together.any_kept)
+    }
+
+    /// Whether any token is skipped, one element; of a gated module also whether a sequence has more new tokens
+    /// than one.
+    pub(super) fn any_skipped(&self) -> &str {
+        self.together.as_ref().map_or("", |together| &together.any_skipped)
     }
 
     fn pick(&self, b: &mut Builder, place: &str, slot: &str) -> Name {

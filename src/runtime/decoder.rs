@@ -74,7 +74,7 @@ impl OnnxDecoder {
     }
 
     /// Lets `session`, if there is one, take the steps of one token in one sequence; of the same graph and
-    /// [for such steps](super::Shapes::OneToken).
+    /// [for such steps](super::Shapes::OneEach).
     #[must_use]
     pub fn with_one_token(mut self, session: Option<Session>) -> Self {
         self.sessions.one_token = session;

@@ -81,14 +81,14 @@ pub enum Shapes {
     /// Any.
     #[default]
     Any,
-    /// One token of one sequence. ONNX Runtime takes the graph's forms for other steps out when it loads
-    /// it, and the branches that choose among them.
-    OneToken,
+    /// One token in each of so many sequences. ONNX Runtime takes the graph's forms for other steps out when it
+    /// loads it, and the branches that choose among them.
+    OneEach(usize),
 }
 
 /// The names, in this tool's graphs and in those of onnxruntime-genai's builder and optimum, of the
 /// dimensions of `input_ids`. ONNX Runtime ignores names that a graph has not.
-const TOKEN_DIMENSIONS: [&str; 4] = ["batch", "sequence", "batch_size", "sequence_length"];
+const TOKEN_DIMENSIONS: [[&str; 2]; 2] = [["batch", "batch_size"], ["sequence", "sequence_length"]];
 
 /// How a session runs.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -101,7 +101,7 @@ pub struct Options {
     pub optimization: Optimization,
     /// Which steps it takes.
     pub shapes: Shapes,
-    /// Whether a decoder has a further session, for [`Shapes::OneToken`].
+    /// Whether a decoder has a further session, for one token of one sequence.
     pub one_token_apart: bool,
     /// Where to write a profile: a path that ONNX Runtime completes with a time and `.json`.
     pub profile: Option<PathBuf>,
@@ -281,9 +281,14 @@ impl Session {
 impl Options {
     /// The same for the further session, if there is to be one. Not on CUDA, where it was never tried.
     pub fn one_token(&self) -> Option<Self> {
+        self.one_each(1)
+    }
+
+    /// As [`Self::one_token`], for one token in each of so many sequences.
+    pub fn one_each(&self, sequences: usize) -> Option<Self> {
         let asked = self.one_token_apart && self.provider == Provider::Cpu;
         asked.then(|| Self {
-            shapes: Shapes::OneToken,
+            shapes: Shapes::OneEach(sequences),
             one_token_apart: false,
             profile: None,
             placement: false,
@@ -363,9 +368,11 @@ fn builder(
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(refused)?;
     }
-    if options.shapes == Shapes::OneToken {
-        for name in TOKEN_DIMENSIONS {
-            builder = builder.with_dimension_override(name, 1).map_err(refused)?;
+    if let Shapes::OneEach(sequences) = options.shapes {
+        for (names, size) in TOKEN_DIMENSIONS.into_iter().zip([sequences as i64, 1]) {
+            for name in names {
+                builder = builder.with_dimension_override(name, size).map_err(refused)?;
+            }
         }
     }
     let scratch = scratch.map(|scratch| scratch.0.join("profile"));

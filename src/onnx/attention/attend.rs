@@ -47,7 +47,7 @@ impl Context<'_> {
         q: &str,
         cache: &Cache,
     ) -> Name {
-        let q = rows.scatter(b, &format!("{place}.q.all"), self.zero_queries(), q);
+        let q = rows.places.scatter(b, &format!("{place}.q.all"), self.zero_queries(), q);
         self.attend(b, place, &Queries::All(&q), cache, &format!("{place}.context"))
     }
 
@@ -64,7 +64,7 @@ impl Context<'_> {
         }
         let in_place = |b: &mut Builder| {
             let context = self.core_in_place(b, &all, rows, q, cache);
-            [rows.gather(b, &format!("{all}.context.rows"), &context)]
+            [rows.places.gather(b, &format!("{all}.context.rows"), &context)]
         };
         let [context] =
             b.branch(&[(&name, self.kept_shape())], &self.shared.one_sequence, compact, in_place);
@@ -83,7 +83,7 @@ impl Context<'_> {
         let numbers = match queries {
             Queries::All(_) => self.shared.rows.clone(),
             Queries::Kept(_, rows) => {
-                rows.gather(b, &format!("{place}.numbers"), &self.shared.rows)
+                rows.places.gather(b, &format!("{place}.numbers"), &self.shared.rows)
             }
         };
         if multi_head(self.shared.grouped.is_some(), b.dtype) {

@@ -11,6 +11,7 @@ use super::heads::{Projected, heads_first};
 use super::{Context, WithCache};
 use crate::decoder::Sequences;
 use crate::onnx::builder::{Builder, Name};
+use crate::onnx::dispatch::Rows;
 use crate::onnx::graph::{Attribute, Dim};
 
 /// How `GroupQueryAttention` knows which keys a query may see.
@@ -39,17 +40,6 @@ pub(super) enum When {
     Always,
     /// By a value of the graph.
     If(Name),
-}
-
-impl When {
-    /// That, and another condition, the result being called `name`.
-    pub(super) fn and(self, b: &mut Builder, name: &str, other: Name) -> Self {
-        match self {
-            Self::Never => self,
-            Self::Always => Self::If(other),
-            Self::If(condition) => Self::If(b.op(name, "And", &[&other, &condition])),
-        }
-    }
 }
 
 /// Which form a step has, if not that of a chunk.
@@ -87,15 +77,19 @@ impl Context<'_> {
             self.appended_core(b, &place, projected, &self.of_core("chunk"))
         };
         let inside = |form: &str| self.of_core(form);
-        self.by_form(b, &grouped.forms, (&names, &inside), &shape, joint, chunk)
+        let forms = grouped.forms.clone();
+        self.by_form(b, forms, None, (&names, &inside), &shape, joint, chunk)
     }
 
     /// What a step takes by its form, of this shape and under the first names: `grouped`, given the form's name,
-    /// how it knows what a query may see, and what its results are called; or else `chunk`.
+    /// how it knows what a query may see, and what its results are called; or else `chunk`. A whole sequence has
+    /// its form only if all of it is among `kept`.
+    #[expect(clippy::too_many_arguments, reason = "what differs between the two callers")]
     pub(super) fn by_form(
         &self,
         b: &mut Builder,
-        Forms { single, whole }: &Forms,
+        Forms { single, whole }: Forms,
+        kept: Option<&Rows>,
         (names, inside): (&WithCache, &dyn Fn(&str) -> WithCache),
         shape: &[Dim],
         grouped: impl Fn(&mut Builder, &str, Seen, &WithCache) -> WithCache,
@@ -105,14 +99,21 @@ impl Context<'_> {
             When::Never => chunk(b),
             When::Always => grouped(b, "whole", Seen::Before, names),
             When::If(whole) => {
+                let whole = match kept {
+                    None => whole,
+                    Some(rows) => {
+                        let all = rows.all(b, &self.name);
+                        b.op(&format!("{}.all.besides", self.name), "And", &[&all, &whole])
+                    }
+                };
                 let all = |b: &mut Builder| grouped(b, "whole", Seen::Before, &inside("whole"));
-                self.branch(b, names, shape.to_vec(), whole, all, chunk)
+                self.branch(b, names, shape.to_vec(), &whole, all, chunk)
             }
         };
         let When::If(single) = single else { return several(b, names) };
         let one_each = |b: &mut Builder| grouped(b, "joint", Seen::Told, &inside("joint"));
         let several = |b: &mut Builder| several(b, &inside("several"));
-        self.branch(b, names, shape.to_vec(), single, one_each, several)
+        self.branch(b, names, shape.to_vec(), &single, one_each, several)
     }
 
     /// Every token, by `GroupQueryAttention`, which must take the step.

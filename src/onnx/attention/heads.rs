@@ -44,7 +44,7 @@ impl Context<'_> {
 
     /// Queries of the kept rows, `[1, kept, heads · head_dim]`.
     pub(super) fn kept_queries(&self, b: &mut Builder, rows: &Rows, normed: &str) -> Name {
-        let kept = rows.gather(b, &format!("{}.rows", self.name), normed);
+        let kept = rows.places.gather(b, &format!("{}.rows", self.name), normed);
         self.queries(b, &self.name, &kept)
     }
 

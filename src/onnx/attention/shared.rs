@@ -36,9 +36,11 @@ pub(in crate::onnx) struct Shared {
 }
 
 impl Shared {
-    /// Whether the branch of a conditional attention module is for steps of one token.
-    pub(in crate::onnx) const fn gates(&self) -> bool {
-        self.grouped.is_some()
+    /// Whether the branch of a conditional attention module for all tokens is for steps of one token in each
+    /// sequence only.
+    pub(in crate::onnx) fn gates(&self) -> bool {
+        let single = self.grouped.as_ref().map(|grouped| &grouped.forms.single);
+        matches!(single, Some(When::If(_)))
     }
 
     /// Which form a step has.
@@ -123,12 +125,9 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
         if asked { b.op(name, "Equal", &[count, &one]) } else { Name::new() }
     };
     let asked = (grouped && conditional) || mlps().any(dispatch::branches);
-    let one_token = is_one(asked, dispatch::ONE_TOKEN, &tokens);
+    is_one(asked, dispatch::ONE_TOKEN, &tokens);
     let asked = (conditional || multi_head) && !one_alone;
     let one_sequence = is_one(asked, "step.one_sequence", &lengths.batch);
-    if grouped && conditional {
-        router::floors(b, model, &one_token);
-    }
     let told = conditional || !one_alone;
     let bias = if told { bias(b, &lengths, &zero, &one) } else { Name::new() };
     let group_bias = if multi_head { Name::new() } else { group_bias(b, config, &bias) };
@@ -142,6 +141,9 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
         } else {
             forms(b, &lengths, &one, multi_head.then_some(&one_sequence))
         };
+        if let (true, When::If(single)) = (conditional, &forms.single) {
+            router::gated_floors(b, model, single);
+        }
         group_inputs(b, config, &lengths, &one, [&cos, &sin], forms)
     });
     Shared { rows, cos, sin, bias, group_bias, zero_queries, one_sequence, grouped }
