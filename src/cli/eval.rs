@@ -311,7 +311,7 @@ impl<'a> Asked<'a> {
             let mut task = String::new();
             let progress = |progress: choices::Progress<'_>| {
                 if progress.task != task {
-                    task = progress.task.to_owned();
+                    progress.task.clone_into(&mut task);
                     let (done, items) = (progress.done, progress.items);
                     screen::note(format_args!("{name}: {task}, from item {done} of {items} on"));
                 }
