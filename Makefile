@@ -8,7 +8,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 RUN = target/release/skipgpt-export
 
-.PHONY: all cuda demo test test-features test-mpi test-peers lint lint-cuda fmt runtime runtimes model bless clean-artifacts
+.PHONY: all cuda demo deny test test-features test-mpi test-peers lint lint-cuda fmt runtime runtimes model bless clean-artifacts
 
 all:
 	$(CARGO) build --release
@@ -53,6 +53,10 @@ lint:
 # The cuda feature's code too; needs neither a GPU nor CUDA.
 lint-cuda:
 	tests/gpu/lint.sh $(CARGO)
+
+# Licences, sources and bans of every dependency; wants `cargo install cargo-deny --locked`.
+deny:
+	$(CARGO) deny --locked check bans licenses sources
 
 fmt:
 	$(CARGO) fmt --all
