@@ -1,6 +1,7 @@
 //! What was typed, as types. Each command's meaning is in the file of its name.
 
 pub(crate) mod bench;
+pub(crate) mod calibrate;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
@@ -39,6 +40,8 @@ pub(crate) enum Command {
     Train(train::Command),
     /// Measure how often each module is kept, on text
     Profile(profile::Arguments),
+    /// Measure what the inputs of every projection weigh, on text, for weights in few bits
+    Calibrate(calibrate::Arguments),
     /// Compile a checkpoint with its routers and adapter to an artifact
     Export(export::Arguments),
     /// Compare an artifact with the checkpoint it was made from

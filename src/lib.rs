@@ -9,6 +9,7 @@ pub mod eval;
 pub mod generate;
 pub mod golden;
 pub mod import;
+pub mod importance;
 pub mod inspect;
 pub mod logits;
 pub mod model;

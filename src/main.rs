@@ -51,6 +51,7 @@ fn run(cli: Cli) -> anyhow::Result<Verdict> {
         Command::Import(arguments) => cli::import::run(arguments),
         Command::Train(command) => cli::train::run(&command, world),
         Command::Profile(arguments) => cli::profile::run(&arguments, world),
+        Command::Calibrate(arguments) => cli::calibrate::run(&arguments),
         Command::Export(arguments) => cli::export::run(&arguments),
         Command::Verify(arguments) => cli::verify::run(&arguments),
         Command::Golden(command) => cli::golden::run(&command),

@@ -7,11 +7,14 @@
 //! Activations are `[rows, hidden]` with `rows = batch · sequence`, row-major: every projection is one
 //! matrix product.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use ndarray::Array4;
 use skipgpt_passes::ir::{self, ModuleId};
 use skipgpt_passes::validate::Validated;
 
+use crate::importance::Ears;
 use crate::sources::Sources;
 use crate::{rope, weights};
 
@@ -49,12 +52,20 @@ pub struct Options {
     pub matrices: Option<DType>,
     /// Which form of the operations is used.
     pub kernels: Kernels,
+    /// Hears the inputs of every projection.
+    pub ears: Option<Arc<Ears>>,
 }
 
 impl Default for Options {
     /// `f32` on the CPU, for inference.
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, matrices: None, kernels: Kernels::Fused }
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+            matrices: None,
+            kernels: Kernels::Fused,
+            ears: None,
+        }
     }
 }
 

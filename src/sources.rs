@@ -19,6 +19,8 @@ use crate::packed;
 #[derive(Debug, Default, Clone)]
 pub struct Sources {
     tensors: BTreeMap<String, Tensor>,
+    /// How much each input of a projection weighs, by the name of its weight, where that is known.
+    importance: BTreeMap<String, Arc<[f32]>>,
 }
 
 #[derive(Debug, Clone)]
@@ -117,6 +119,16 @@ impl Sources {
             None => Ok(()),
             Some(_) => Err(Error::Duplicate(name)),
         }
+    }
+
+    /// Makes known how much each input of the projection weighs whose weight is called `name`.
+    pub fn weigh(&mut self, name: String, importance: Arc<[f32]>) {
+        self.importance.insert(name, importance);
+    }
+
+    /// How much each input of the projection weighs whose weight is called `name`: positive numbers around 1.
+    pub fn importance(&self, name: &str) -> Option<&[f32]> {
+        self.importance.get(name).map(AsRef::as_ref)
     }
 
     /// Name, shape and dtype of the tensor called `name`.

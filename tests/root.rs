@@ -2,6 +2,7 @@
 
 mod artifact;
 mod bench;
+mod calibrate;
 mod cli;
 mod differential;
 mod end_to_end;

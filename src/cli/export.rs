@@ -9,10 +9,11 @@ use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::decoder::{Logits, Sequences};
 use skipgpt_export::profile;
-use skipgpt_export::{inspect, onnx, plan, safetensors};
+use skipgpt_export::{importance, inspect, onnx, plan, safetensors};
 use skipgpt_passes::ir::{Config, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
 use skipgpt_passes::prune_modules::PruneModules;
+use skipgpt_passes::quantization::Method;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
 
 use super::precision::{PrecisionArgument, PrecisionArguments};
@@ -42,6 +43,9 @@ pub(crate) struct Arguments {
     /// Keep rates that `profile` measured
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
+    /// What inputs of projections weigh, as `calibrate` measured it: weights in few bits are searched for by it
+    #[arg(long, value_name = "FILE")]
+    importance: Option<PathBuf>,
     /// Remove modules kept for at most this share of tokens (needs --profile)
     #[arg(long, value_name = "SHARE")]
     prune_below: Option<f64>,
@@ -195,8 +199,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     {
         bail!("{option}: --format safetensors holds no graph; it is for ONNX");
     }
-    let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
+    let mut checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let plan = planned(arguments, &checkpoint)?;
+    if let Some(path) = &arguments.importance {
+        if plan.quantization.is_none_or(|q| q.scheme.method != Method::Search) {
+            bail!("--importance is for --dtype int8 or int4 with --quant-method search");
+        }
+        importance::attach(&mut checkpoint, path)?;
+    }
     let attention = arguments.attention.attention(&checkpoint.model.config, arguments)?;
     let passes = match (&arguments.stop_after, arguments.format) {
         (Some(name), _) => registry::through(name)?,

@@ -1,11 +1,14 @@
 //! `y = x · Wᵀ + bias`, plus `scale · (x · Aᵀ) · Bᵀ` where an adapter is attached.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 
 use super::dropout::Dropout;
 use super::gradient::Frozen;
 use super::ops::Kernels;
 use super::router::Rows;
+use crate::importance::Ears;
 
 /// A projection.
 #[derive(Debug, Clone)]
@@ -16,6 +19,17 @@ pub struct Linear {
     pub bias: Option<Tensor>,
     /// Run as written: two further products, not folded into the weight.
     pub lora: Option<Lora>,
+    /// Hears its inputs.
+    pub heard: Option<Heard>,
+}
+
+/// Who hears the inputs of a projection.
+#[derive(Debug, Clone)]
+pub struct Heard {
+    /// Hears them.
+    pub ears: Arc<Ears>,
+    /// The projection's name there.
+    pub name: Arc<str>,
 }
 
 /// A low-rank adapter.
@@ -45,6 +59,9 @@ impl Linear {
 
     /// As [`Linear::forward`]; `x` has those of `rows` that are computed.
     pub fn forward_rows(&self, x: &Tensor, rows: &Rows, kernels: Kernels) -> Result<Tensor> {
+        if let Some(Heard { ears, name }) = &self.heard {
+            ears.hear(name, x)?;
+        }
         let y = kernels.linear(x, &self.weight, self.bias.as_ref())?;
         let Some(lora) = &self.lora else { return Ok(y) };
         let dropped = lora.dropout.as_ref().map(|dropout| dropout.forward(x, rows)).transpose()?;

@@ -5,13 +5,13 @@ use skipgpt_passes::ir::{self, ModuleId, ModuleKind, Stored, Weight};
 
 use super::attention::{Attention, KeyValue};
 use super::layer::Layer;
-use super::linear::{Linear, Lora};
+use super::linear::{Heard, Linear, Lora};
 use super::mlp::{GateUp, Mlp};
 use super::norm::Norm;
 use super::router::{Router, Routing, Source};
 use super::{Error, Options};
 use crate::sources::Sources;
-use crate::weights;
+use crate::{importance, weights};
 
 /// Evaluates weights where the options want them.
 pub(super) struct Loader<'a> {
@@ -121,7 +121,7 @@ impl Loader<'_> {
     }
 
     pub(super) fn linear(&self, linear: &ir::Linear) -> Result<Linear, Error> {
-        self.around(self.matrix(&linear.weight)?, linear, self.options.dtype)
+        self.heard(self.matrix(&linear.weight)?, linear)
     }
 
     fn linear_as(&self, linear: &ir::Linear, dtype: DType) -> Result<Linear, Error> {
@@ -135,7 +135,13 @@ impl Loader<'_> {
 
     /// The projection whose weight is already a tensor.
     pub(super) fn tied(&self, weight: Tensor, linear: &ir::Linear) -> Result<Linear, Error> {
-        self.around(weight, linear, self.options.dtype)
+        self.heard(weight, linear)
+    }
+
+    fn heard(&self, weight: Tensor, linear: &ir::Linear) -> Result<Linear, Error> {
+        let heard = self.options.ears.as_ref().zip(importance::name_of(&linear.weight));
+        let heard = heard.map(|(ears, name)| Heard { ears: ears.clone(), name: name.into() });
+        Ok(Linear { heard, ..self.around(weight, linear, self.options.dtype)? })
     }
 
     fn around(&self, weight: Tensor, linear: &ir::Linear, dtype: DType) -> Result<Linear, Error> {
@@ -150,7 +156,7 @@ impl Loader<'_> {
             }),
             None => None,
         };
-        Ok(Linear { weight, bias, lora })
+        Ok(Linear { weight, bias, lora, heard: None })
     }
 
     pub(super) fn tensor(&self, weight: &Weight) -> Result<Tensor, Error> {

@@ -138,7 +138,8 @@ impl NewRouter<'_> {
         let weight = Parameter::new(name("weight"), self.at, &shape, weights, self.device)?;
         let bias = Parameter::new(name("bias"), self.at, &shape[..1], biases, self.device)?;
         let tensor = |one: &Parameter| -> Tensor { one.var.as_tensor().clone() };
-        let linear = Linear { weight: tensor(&weight), bias: Some(tensor(&bias)), lora: None };
+        let linear =
+            Linear { weight: tensor(&weight), bias: Some(tensor(&bias)), lora: None, heard: None };
         self.parameters.extend([weight, bias]);
         Ok(linear)
     }

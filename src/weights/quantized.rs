@@ -13,8 +13,8 @@ use skipgpt_passes::ir::{DType, Weight};
 use skipgpt_passes::quantization::{Bits, Scheme};
 
 use super::{Error, describe, not_finite, window};
-use crate::packed;
 use crate::sources::{self, Sources};
+use crate::{importance, packed};
 
 mod fit;
 
@@ -148,8 +148,10 @@ fn quantise(
     }
     let mut out = Rows::default();
     let mut scales = Vec::with_capacity(values.len().div_ceil(scheme.block));
+    let importance = importance::name_of(weight).and_then(|name| sources.importance(name));
+    let importance = importance.filter(|importance| importance.len() == columns);
     for row in values.chunks_exact(columns) {
-        pack_row(row, scheme, dtype, &mut out, &mut scales);
+        pack_row(row, importance, scheme, dtype, &mut out, &mut scales);
     }
     if let Some(at) = not_finite(&scales) {
         let blocks = scheme.blocks(columns);
@@ -166,7 +168,14 @@ fn quantise(
 }
 
 /// Appends a row's codes and zero points to `out`, its scales to `scales`.
-fn pack_row(row: &[f32], scheme: &Scheme, dtype: DType, out: &mut Rows, scales: &mut Vec<f32>) {
+fn pack_row(
+    row: &[f32],
+    importance: Option<&[f32]>,
+    scheme: &Scheme,
+    dtype: DType,
+    out: &mut Rows,
+    scales: &mut Vec<f32>,
+) {
     let mut last = [0.0; 256];
     let mut codes = [0.0; 256];
     let codes = &mut codes[..scheme.block];
@@ -178,7 +187,8 @@ fn pack_row(row: &[f32], scheme: &Scheme, dtype: DType, out: &mut Rows, scales: 
             last[..block.len()].copy_from_slice(block);
             &last[..scheme.block]
         };
-        let fit = fit::fit(block, scheme, dtype);
+        let weighs = importance.map(|all| &all[index * scheme.block..]);
+        let fit = fit::fit(block, weighs, scheme, dtype);
         fit::encode(block, fit, scheme.bits, codes);
         scales.push(fit.scale);
         let zero = fit.zero as u8;

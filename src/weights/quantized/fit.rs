@@ -20,12 +20,18 @@ pub(super) struct Fit {
     pub(super) zero: f32,
 }
 
-/// The fit of a block by the scheme's method, its scale rounded to `dtype`.
-pub(super) fn fit(values: &[f32], scheme: &Scheme, dtype: DType) -> Fit {
+/// The fit of a block by the scheme's method, its scale rounded to `dtype`. A search weighs errors by the
+/// importance of their inputs, where that is given: of the block's first ones, the rest being padding.
+pub(super) fn fit(
+    values: &[f32],
+    importance: Option<&[f32]>,
+    scheme: &Scheme,
+    dtype: DType,
+) -> Fit {
     let fit = match (scheme.method, scheme.symmetric) {
         (Method::Nearest, true) => symmetric(extreme(values), scheme.bits, 0.0),
         (Method::Nearest, false) => asymmetric(range(values), scheme.bits, 0.0),
-        (Method::Search, _) => search(values, scheme),
+        (Method::Search, _) => search(values, importance, scheme),
     };
     Fit { scale: rounded(fit.scale, dtype), ..fit }
 }
@@ -105,7 +111,7 @@ fn asymmetric((low, high): (f32, f32), bits: Bits, stretch: f32) -> Fit {
 ///
 /// The block is first brought to numbers around 1, by a power of two, so that no square under- or
 /// overflows.
-fn search(values: &[f32], scheme: &Scheme) -> Fit {
+fn search(values: &[f32], importance: Option<&[f32]>, scheme: &Scheme) -> Fit {
     let bits = scheme.bits;
     let power = power_of_two(extreme(values));
     let mut near_one = [0.0; 256];
@@ -113,7 +119,7 @@ fn search(values: &[f32], scheme: &Scheme) -> Fit {
         *near_one = value / power;
     }
     let values = &near_one[..values.len()];
-    let block = Weighted::new(values);
+    let block = Weighted::new(values, importance);
     let mut best = Best { block: &block, bits, fit: Fit { scale: 0.0, zero: 0.0 }, gain: -1.0 };
     if scheme.symmetric {
         let extreme = extreme(values);
@@ -161,7 +167,7 @@ struct Weighted<'a> {
 }
 
 impl<'a> Weighted<'a> {
-    fn new(values: &'a [f32]) -> Self {
+    fn new(values: &'a [f32], importance: Option<&[f32]>) -> Self {
         let (mut weights, mut products) = ([0.0; 256], [0.0; 256]);
         let square = sum(values.as_chunks().0, |v| v.map(|v| v * v));
         let mean = (square / values.len() as f32).sqrt();
@@ -169,6 +175,11 @@ impl<'a> Weighted<'a> {
         for (value, (weight, product)) in values.iter().zip(both) {
             *weight = mean + value.abs();
             *product = *weight * value;
+        }
+        let both = weights.iter_mut().zip(&mut products).take(values.len());
+        for ((weight, product), importance) in both.zip(importance.unwrap_or_default()) {
+            *weight *= importance;
+            *product *= importance;
         }
         Self { values, weights, products }
     }

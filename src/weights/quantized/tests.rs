@@ -225,6 +225,32 @@ fn searching_errs_less_than_rounding_and_little_more_than_the_best() {
     }
 }
 
+/// Where some inputs weigh more, their errors are avoided.
+#[test]
+fn errors_weigh_what_their_inputs_do() {
+    let weighs: Vec<f32> = (0..32).map(|i| if i % 8 == 3 { 50.0 } else { 0.5 }).collect();
+    for symmetric in [true, false] {
+        let scheme = Scheme { block: 32, symmetric, method: Method::Search, ..SCHEME };
+        let (mut plain, mut weighed) = (0.0, 0.0);
+        for seed in 0..64 {
+            let values = random(32, seed);
+            let (weight, mut sources) = matrix(&values, 32);
+            let mut of = |importance: Option<&[f32]>| {
+                if let Some(importance) = importance {
+                    sources.weigh("w".to_owned(), importance.into());
+                }
+                let mut found = Vec::new();
+                super::values(&weight, 0..1, &scheme, &sources, &mut found).unwrap();
+                let each = values.iter().zip(&found).zip(&weighs);
+                each.map(|((v, f), w)| f64::from(w * (v - f).powi(2))).sum::<f64>()
+            };
+            plain += of(None);
+            weighed += of(Some(&weighs));
+        }
+        assert!(weighed < 0.7 * plain, "{weighed} against {plain}");
+    }
+}
+
 /// The least error over a fine grid of scales, for every zero point.
 fn exhaustive(values: &[f32], symmetric: bool) -> f64 {
     let widest = values.iter().fold(0.0_f32, |widest, v| widest.max(v.abs()));
