@@ -19,6 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::decoder::{Decoder, Logits};
 use crate::eval::{self, Options, Windows};
 use crate::model::Reference;
+use crate::model::router::Rows;
 
 /// What the file's metadata says it is.
 const FORMAT: &str = "skipgpt-importance";
@@ -40,14 +41,23 @@ struct Moments {
 }
 
 impl Ears {
-    /// Adds the rows of `x` `[rows, in]`, inputs of the projection whose weight is called `name`.
-    pub(crate) fn hear(&self, name: &str, x: &Tensor) -> candle_core::Result<()> {
-        let squares = x.to_dtype(DType::F32)?.sqr()?.sum(0)?.to_vec1::<f32>()?;
+    /// Adds the rows of `x` `[rows, in]`, inputs of the projection whose weight is called `name`, which have those
+    /// of `rows` that are computed; of tokens that skip it nothing.
+    pub(crate) fn hear(&self, name: &str, x: &Tensor, rows: &Rows) -> candle_core::Result<()> {
+        let squares = x.to_dtype(DType::F32)?.sqr()?;
+        let (squares, tokens) = match rows {
+            Rows::Masked(keep) => {
+                let kept = keep.sum_all()?.to_scalar::<f32>()?;
+                (squares.broadcast_mul(keep)?, kept as usize)
+            }
+            _ => (squares, x.dim(0)?),
+        };
+        let squares = squares.sum(0)?.to_vec1::<f32>()?;
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         let moments = heard.entry(name.to_owned()).or_default();
         moments.squares.resize(squares.len(), 0.0);
         moments.squares.iter_mut().zip(squares).for_each(|(sum, new)| *sum += f64::from(new));
-        moments.tokens += x.dim(0)?;
+        moments.tokens += tokens;
         Ok(())
     }
 }

@@ -60,7 +60,7 @@ impl Linear {
     /// As [`Linear::forward`]; `x` has those of `rows` that are computed.
     pub fn forward_rows(&self, x: &Tensor, rows: &Rows, kernels: Kernels) -> Result<Tensor> {
         if let Some(Heard { ears, name }) = &self.heard {
-            ears.hear(name, x)?;
+            ears.hear(name, x, rows)?;
         }
         let y = kernels.linear(x, &self.weight, self.bias.as_ref())?;
         let Some(lora) = &self.lora else { return Ok(y) };
