@@ -78,6 +78,33 @@ pub(crate) struct CheckpointArguments {
     pub(crate) lora_alpha: Option<f64>,
 }
 
+/// The text that a checkpoint reads to be measured.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ReadArguments {
+    /// Where the checkpoint runs
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub(crate) device: Device,
+    /// Plain text, one or more files
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub(crate) text: Vec<PathBuf>,
+    /// Tokens in a window
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub(crate) window: usize,
+    /// Use only the first windows
+    #[arg(long, value_name = "WINDOWS")]
+    pub(crate) limit: Option<usize>,
+    /// Replace an existing file
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+impl ReadArguments {
+    /// The windows it is read in.
+    pub(crate) const fn windows(&self) -> skipgpt_export::eval::Options {
+        skipgpt_export::eval::Options { window: self.window, stride: None, limit: self.limit }
+    }
+}
+
 /// How ONNX Runtime is found and run.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct RuntimeArguments {

@@ -76,13 +76,7 @@ impl Forced {
     fn open(path: &str) -> Self {
         let artifact = opened(path);
         let routers = artifact.manifest.routing.routers.iter();
-        let routers: Vec<RouterMargins> = routers
-            .map(|r| RouterMargins {
-                value: r.margins.clone(),
-                modules: r.modules.clone(),
-                negatives: r.negatives,
-            })
-            .collect();
+        let routers: Vec<_> = routers.map(RouterMargins::from).collect();
         let bytes = artifact.read("model.onnx").unwrap();
         let (bytes, inputs) = force::with_forced(&bytes, &routers).unwrap();
         Self { decoder: load(&artifact, &bytes), inputs }

@@ -40,8 +40,9 @@ fn a_device_that_was_not_built_is_refused() {
     let cuda = ["--device", "cuda"];
     let train = ["train", "router", "--model", model, "--text", text, "-o", run, "--window", "64"];
     let profile = ["profile", "--model", model, "--text", text, "-o", run];
+    let calibrate = ["calibrate", "--model", model, "--text", text, "-o", run];
     let eval = ["eval", "--model", model, "--perplexity", text];
-    for command in [&train[..], &profile, &eval] {
+    for command in [&train[..], &profile, &calibrate, &eval] {
         let message = refused(&[command, &cuda].concat());
         assert!(message.contains("`make cuda`"), "{command:?}: {message}");
         assert!(!Path::new(run).exists(), "{command:?} left something");

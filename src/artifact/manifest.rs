@@ -173,6 +173,12 @@ pub struct Router {
     pub negatives: bool,
 }
 
+impl From<&Router> for crate::onnx::RouterMargins {
+    fn from(Router { margins, modules, negatives }: &Router) -> Self {
+        Self { value: margins.clone(), modules: modules.clone(), negatives: *negatives }
+    }
+}
+
 impl Router {
     /// How many columns there are.
     pub fn columns(&self) -> usize {

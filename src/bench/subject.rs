@@ -109,13 +109,7 @@ impl Source {
             (_, None) => return Err(artifact::Error::NotAnArtifact(self.directory.clone()).into()),
             (Form::Forced, Some(artifact)) => {
                 let routers = artifact.manifest.routing.routers.iter();
-                let routers: Vec<RouterMargins> = routers
-                    .map(|r| RouterMargins {
-                        value: r.margins.clone(),
-                        modules: r.modules.clone(),
-                        negatives: r.negatives,
-                    })
-                    .collect();
+                let routers: Vec<_> = routers.map(RouterMargins::from).collect();
                 let bytes = artifact.read(names::MODEL)?;
                 (Some(force::with_forced(&bytes, &routers)?), Some(artifact))
             }

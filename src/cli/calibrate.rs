@@ -6,54 +6,41 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use clap::Args;
 use skipgpt_export::device::Compute;
+use skipgpt_export::importance;
 use skipgpt_export::model::{self, Reference};
 use skipgpt_export::text::Tokenizer;
-use skipgpt_export::{eval, importance};
 use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, Device, Verdict, screen, sources};
+use super::{CheckpointArguments, ReadArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     checkpoint: CheckpointArguments,
-    /// Where the checkpoint runs
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
-    /// Plain text, one or more files
-    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
-    text: Vec<PathBuf>,
+    #[command(flatten)]
+    read: ReadArguments,
     /// The file to write
     #[arg(short, long, value_name = "FILE", default_value = "importance.safetensors")]
     output: PathBuf,
-    /// Tokens in a window
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
-    window: usize,
-    /// Use only the first windows
-    #[arg(long, value_name = "WINDOWS")]
-    limit: Option<usize>,
-    /// Replace an existing file
-    #[arg(long)]
-    force: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let output = &arguments.output;
-    if output.exists() && !arguments.force {
+    if output.exists() && !arguments.read.force {
         bail!("{}: already exists; --force replaces it", output.display());
     }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
-    let tokens = sources::tokens(&tokenizer, &arguments.text)?;
+    let tokens = sources::tokens(&tokenizer, &arguments.read.text)?;
     let ears = Arc::new(importance::Ears::default());
     let options = model::Options {
-        device: Compute::from(arguments.device).open()?,
+        device: Compute::from(arguments.read.device).open()?,
         ears: Some(ears.clone()),
         ..Default::default()
     };
     let model = validate(&checkpoint.model)?;
     let mut reference = Reference::load_with(model, &checkpoint.sources, options)?;
-    let options = eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
+    let options = arguments.read.windows();
     let bar = screen::count("hearing");
     let progress = |done, windows| {
         bar.set_length(windows as u64);

@@ -4,45 +4,32 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use skipgpt_export::profile;
 use skipgpt_export::text::Tokenizer;
 use skipgpt_export::world::World;
-use skipgpt_export::{eval, profile};
 
-use super::{CheckpointArguments, Device, Verdict, screen, sources};
+use super::{CheckpointArguments, ReadArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     checkpoint: CheckpointArguments,
-    /// Where the checkpoint runs
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
-    /// Plain text, one or more files
-    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
-    text: Vec<PathBuf>,
+    #[command(flatten)]
+    read: ReadArguments,
     /// The profile to write
     #[arg(short, long, value_name = "FILE", default_value = "profile.json")]
     output: PathBuf,
-    /// Tokens in a window
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
-    window: usize,
-    /// Use only the first windows
-    #[arg(long, value_name = "WINDOWS")]
-    limit: Option<usize>,
-    /// Replace an existing profile
-    #[arg(long)]
-    force: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments, world: &dyn World) -> Result<Verdict> {
-    if world.leads() && arguments.output.exists() && !arguments.force {
+    if world.leads() && arguments.output.exists() && !arguments.read.force {
         bail!("{}: already exists; --force replaces it", arguments.output.display());
     }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
-    let tokens = sources::tokens(&tokenizer, &arguments.text)?;
-    let mut reference = sources::reference(&checkpoint.model, &checkpoint, arguments.device)?;
-    let options = eval::Options { window: arguments.window, stride: None, limit: arguments.limit };
+    let tokens = sources::tokens(&tokenizer, &arguments.read.text)?;
+    let mut reference = sources::reference(&checkpoint.model, &checkpoint, arguments.read.device)?;
+    let options = arguments.read.windows();
     let bar = screen::count("profiling");
     let config = &checkpoint.model.config;
     let progress = |done, windows| {
