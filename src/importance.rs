@@ -12,14 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Tensor};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use skipgpt_passes::ir::{Model, Weight};
+use safetensors::{Dtype, SafeTensors};
+use skipgpt_passes::ir::{self, Model, Weight};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::{Decoder, Logits};
 use crate::eval::{self, Options, Windows};
 use crate::model::Reference;
 use crate::model::router::Rows;
+use crate::sources;
 
 /// What the file's metadata says it is.
 const FORMAT: &str = "skipgpt-importance";
@@ -62,9 +63,23 @@ impl Ears {
     }
 }
 
-/// The name that a projection goes by: that of the first tensor its weight is made of.
-pub(crate) fn name_of(weight: &Weight) -> Option<&str> {
-    weight.stored().first().map(|stored| stored.name.as_str())
+/// The name that a projection goes by, whose row `row` of `weight` is: that of the tensor that an adapter is merged
+/// into. Rows of several projections may be one weight.
+pub(crate) fn name_at(weight: &Weight, mut row: usize) -> Option<&str> {
+    match weight {
+        Weight::Stored(stored) => Some(&stored.name),
+        Weight::Merged { base, .. } => name_at(base, row),
+        Weight::Concat(parts) => parts.iter().find_map(|part| {
+            if row < part.rows() {
+                return Some(name_at(part, row));
+            }
+            row -= part.rows();
+            None
+        })?,
+        Weight::Slice { of, rows } => name_at(of, rows.start + row),
+        Weight::Cast { of, .. } | Weight::Quantized { of, .. } => name_at(of, row),
+        Weight::BlockDiagonal(_) | Weight::Difference { .. } | Weight::Transpose(_) => None,
+    }
 }
 
 /// The mean square of every input, by the name of its projection's weight.
@@ -183,21 +198,12 @@ impl Importance {
     ///
     /// Safetensors' own, of vectors that it cannot hold.
     pub fn to_bytes(&self) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-        let bytes: BTreeMap<&str, Vec<u8>> = self
-            .means
-            .iter()
-            .map(|(name, mean)| {
-                (name.as_str(), mean.iter().flat_map(|v| v.to_le_bytes()).collect())
-            })
-            .collect();
-        let views = bytes.iter().map(|(name, bytes)| {
-            let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes);
-            view.map(|view| (*name, view))
+        let tensors = self.means.iter().map(|(name, mean)| {
+            let mut bytes = Vec::new();
+            sources::encode(mean, ir::DType::F32, &mut bytes);
+            (name.clone(), vec![mean.len()], bytes)
         });
-        let views = views.collect::<Result<Vec<_>, _>>()?;
-        let metadata = [("format", FORMAT.to_owned()), ("tokens", self.tokens.to_string())];
-        let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();
-        safetensors::serialize(views, Some(metadata))
+        sources::file(&tensors.collect::<Vec<_>>(), FORMAT)
     }
 }
 
@@ -225,7 +231,7 @@ pub fn attach(checkpoint: &mut Checkpoint, path: &Path) -> Result<(), Error> {
             return Err(Error::Shape { path: at(), name, dtype, found, expected });
         }
         let mut means = Vec::with_capacity(expected);
-        crate::sources::decode(view.data(), skipgpt_passes::ir::DType::F32, &mut means);
+        sources::decode(view.data(), ir::DType::F32, &mut means);
         let wrong = means.iter().position(|mean| !(mean.is_finite() && *mean >= 0.0));
         if let Some(index) = wrong {
             let value = means[index];
@@ -241,7 +247,7 @@ pub fn attach(checkpoint: &mut Checkpoint, path: &Path) -> Result<(), Error> {
 fn projections(model: &Model) -> Vec<(String, usize)> {
     let all = model.linears().into_iter().filter(|(path, _)| !path.contains("router"));
     all.filter_map(|(_, linear)| {
-        Some((name_of(&linear.weight)?.to_owned(), linear.weight.columns()))
+        Some((name_at(&linear.weight, 0)?.to_owned(), linear.weight.columns()))
     })
     .collect()
 }

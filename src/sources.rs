@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use safetensors::tensor::{Dtype, TensorView};
 use skipgpt_passes::ir::{DType, Stored};
 
 use crate::packed;
@@ -191,6 +192,19 @@ impl Sources {
 /// Bytes of a stored tensor.
 pub fn size(stored: &Stored) -> u64 {
     stored.shape.iter().product::<usize>() as u64 * stored.dtype.size() as u64
+}
+
+/// A safetensors file of `f32` tensors (name, shape and little-endian values) whose metadata says that it is of this
+/// format. Nothing else: the crate writes several entries in another order each time.
+pub(crate) fn file(
+    tensors: &[(String, Vec<usize>, Vec<u8>)],
+    format: &str,
+) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    safetensors::serialize(views, Some([("format".to_owned(), format.to_owned())].into()))
 }
 
 /// Little-endian elements as `f32`.

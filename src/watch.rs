@@ -8,11 +8,10 @@ use std::path::PathBuf;
 use ndarray::{Array3, ArrayD, Axis};
 use skipgpt_passes::ir::DType;
 
-use crate::artifact::manifest::Router;
 use crate::artifact::{self, Artifact, names};
 use crate::decoder::{CacheEntry, Decoder, Input, Logits, Output, Peek, Routing, Sequences};
 use crate::onnx::graph::{Element, Value};
-use crate::onnx::{self, proto};
+use crate::onnx::{self, RouterMargins, proto};
 use crate::runtime::session::Provider;
 use crate::runtime::{self, OnnxDecoder, Placement, Runtime, Session, session};
 
@@ -53,7 +52,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Watched {
     decoder: OnnxDecoder,
-    routers: Vec<Router>,
+    routers: Vec<RouterMargins>,
 }
 
 impl Watched {
@@ -94,11 +93,12 @@ impl Watched {
         if artifact.manifest.options.dtype == DType::BF16 && options.provider == Provider::Cpu {
             return Err(Error::NoBf16(artifact.directory.clone()));
         }
-        let routers = artifact.manifest.routing.routers.clone();
+        let routers = artifact.manifest.routing.routers.iter();
+        let routers: Vec<_> = routers.map(RouterMargins::from).collect();
         let outputs: Vec<Value> = routers
             .iter()
             .map(|router| Value {
-                name: router.margins.clone(),
+                name: router.value.clone(),
                 element: Element::Float(DType::F32),
                 shape: onnx::every_token(router.columns()),
             })
@@ -135,7 +135,7 @@ impl Watched {
         let mut modules = Vec::new();
         let mut margins = Vec::new();
         for (router, found) in self.routers.iter().zip(found) {
-            let (value, expected) = (router.margins.clone(), [shape.0, shape.1, router.columns()]);
+            let (value, expected) = (router.value.clone(), [shape.0, shape.1, router.columns()]);
             if found.shape() != expected {
                 return Err(Error::Margins { value, expected, found: found.shape().to_vec() });
             }
@@ -197,6 +197,6 @@ impl Peek for Watched {
 }
 
 /// The graph's values that hold the routers' margins.
-fn values(routers: &[Router]) -> Vec<&str> {
-    routers.iter().map(|router| router.margins.as_str()).collect()
+fn values(routers: &[RouterMargins]) -> Vec<&str> {
+    routers.iter().map(|router| router.value.as_str()).collect()
 }

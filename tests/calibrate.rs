@@ -43,7 +43,11 @@ impl Place {
 
     /// Measures, and gives the file.
     fn calibrate(&self) -> String {
-        let output = self.path("importance.safetensors");
+        self.calibrate_to("importance.safetensors")
+    }
+
+    fn calibrate_to(&self, name: &str) -> String {
+        let output = self.path(name);
         let (windows, window) = (WINDOWS.0.to_string(), WINDOWS.1.to_string());
         let place = ["--model", &self.model, "--router", &self.router, "--text", &self.text];
         let how = ["--limit", &windows, "--window", &window, "-o", &output];
@@ -95,6 +99,8 @@ fn what_is_measured_is_the_mean_square_of_inputs() {
 fn codes_are_searched_for_by_it_and_verify() {
     let place = Place::new();
     let importance = place.calibrate();
+    let again = place.calibrate_to("again.safetensors");
+    assert_eq!(std::fs::read(again).unwrap(), std::fs::read(&importance).unwrap());
     let few = ["--dtype", "int4", "--block-size", "16"];
     let plain = place.export("plain", &few);
     let weighed = place.export("weighed", &[&few[..], &["--importance", &importance]].concat());

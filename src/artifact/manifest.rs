@@ -179,13 +179,6 @@ impl From<&Router> for crate::onnx::RouterMargins {
     }
 }
 
-impl Router {
-    /// How many columns there are.
-    pub fn columns(&self) -> usize {
-        self.modules.len() * if self.negatives { 2 } else { 1 }
-    }
-}
-
 /// What the graph takes, gives and is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GraphFacts {

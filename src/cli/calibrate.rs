@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use skipgpt_export::device::Compute;
 use skipgpt_export::importance;
@@ -26,9 +26,7 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let output = &arguments.output;
-    if output.exists() && !arguments.read.force {
-        bail!("{}: already exists; --force replaces it", output.display());
-    }
+    screen::replaceable(output, arguments.read.force)?;
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;
     let tokens = sources::tokens(&tokenizer, &arguments.read.text)?;

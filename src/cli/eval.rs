@@ -313,7 +313,8 @@ impl<'a> Asked<'a> {
                 if progress.task != task {
                     progress.task.clone_into(&mut task);
                     let (done, items) = (progress.done, progress.items);
-                    screen::note(format_args!("{name}: {task}, from item {done} of {items} on"));
+                    let told = format!("{name}: {task}, from item {done} of {items} on");
+                    bar.suspend(|| screen::note(told));
                 }
                 bar.set_length(progress.items as u64);
                 bar.set_position(progress.done as u64);

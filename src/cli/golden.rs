@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use skipgpt_export::golden::{self, CheckOptions, Environment, Golden, Mode, RecordOptions};
 use skipgpt_export::text::Tokenizer;
@@ -66,9 +66,7 @@ pub(crate) fn run(command: &Command) -> Result<Verdict> {
 }
 
 fn record(arguments: &RecordArguments) -> Result<Verdict> {
-    if arguments.output.exists() && !arguments.force {
-        bail!("{}: already exists; --force replaces it", arguments.output.display());
-    }
+    screen::replaceable(&arguments.output, arguments.force)?;
     let tokenizer = Tokenizer::open(&arguments.artifact)?;
     let prompts = sources::prompts(&arguments.prompts)?
         .into_iter()

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use skipgpt_export::profile;
 use skipgpt_export::text::Tokenizer;
@@ -22,8 +22,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, world: &dyn World) -> Result<Verdict> {
-    if world.leads() && arguments.output.exists() && !arguments.read.force {
-        bail!("{}: already exists; --force replaces it", arguments.output.display());
+    if world.leads() {
+        screen::replaceable(&arguments.output, arguments.read.force)?;
     }
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let tokenizer = Tokenizer::open(&checkpoint.directory)?;

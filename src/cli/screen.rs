@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -114,6 +114,14 @@ pub(crate) fn report(report: &(impl Serialize + Display), to: &ReportArguments) 
             line(report)
         }
     }
+}
+
+/// That nothing is overwritten unless asked for.
+pub(crate) fn replaceable(path: &Path, force: bool) -> Result<()> {
+    if path.exists() && !force {
+        bail!("{}: already exists; --force replaces it", path.display());
+    }
+    Ok(())
 }
 
 /// Writes a value as an indented JSON file.

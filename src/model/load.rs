@@ -139,7 +139,7 @@ impl Loader<'_> {
     }
 
     fn heard(&self, weight: Tensor, linear: &ir::Linear) -> Result<Linear, Error> {
-        let heard = self.options.ears.as_ref().zip(importance::name_of(&linear.weight));
+        let heard = self.options.ears.as_ref().zip(importance::name_at(&linear.weight, 0));
         let heard = heard.map(|(ears, name)| Heard { ears: ears.clone(), name: name.into() });
         Ok(Linear { heard, ..self.around(weight, linear, self.options.dtype)? })
     }

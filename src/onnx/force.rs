@@ -16,6 +16,7 @@ use skipgpt_passes::ir::{DType, ModuleId};
 use super::RouterMargins;
 use super::graph::{Element, Value};
 use super::proto::{self, serialise, value_proto};
+use super::router;
 use super::stream::every_token;
 
 /// How the names of these inputs begin.
@@ -48,7 +49,7 @@ impl Input {
     }
 
     fn columns(&self) -> usize {
-        self.modules.len() * if self.negatives { 2 } else { 1 }
+        router::columns(self.modules.len(), self.negatives)
     }
 }
 

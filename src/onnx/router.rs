@@ -51,9 +51,14 @@ pub struct RouterMargins {
 
 impl RouterMargins {
     /// How many columns there are.
-    pub(super) fn columns(&self) -> usize {
-        self.modules.len() * if self.negatives { 2 } else { 1 }
+    pub fn columns(&self) -> usize {
+        columns(self.modules.len(), self.negatives)
     }
+}
+
+/// How many columns the margins of so many modules are.
+pub(super) const fn columns(modules: usize, negatives: bool) -> usize {
+    if negatives { 2 * modules } else { modules }
 }
 
 /// Every router of a lowered model, in the order of its modules.
@@ -98,11 +103,9 @@ const SKIPS: f32 = f32::MIN_POSITIVE;
 /// branch for all tokens is for steps of one token a sequence, which `single` tells: the first negative
 /// reaches its floor in every other.
 pub(super) fn gated_floors(b: &mut Builder, model: &Model, single: &str) {
-    let routers = || model.layers.iter().filter_map(|layer| layer.router.as_ref());
+    let routers = router_margins(model);
     for decisions in [1, 2] {
-        let alone = decisions == 1;
-        let own = alone && model.layers.iter().any(|layer| layer.router.is_none());
-        if !own && !routers().any(|router| router.decisions == decisions) {
+        if !routers.iter().any(|router| router.modules.len() == decisions) {
             continue;
         }
         let mut always = floors(decisions);

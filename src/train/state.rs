@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Result as Candle;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use super::optimizer::AdamW;
@@ -231,13 +231,8 @@ fn serialise(parameters: &[Parameter], optimizer: &AdamW) -> Result<Vec<u8>, Err
 pub(super) fn file(
     tensors: &[(String, Vec<usize>, Vec<u8>)],
 ) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-    let views = tensors
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     // transformers refuses a file that does not say which framework's names it has.
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize(views, Some(metadata))
+    sources::file(tensors, "pt")
 }
 
 /// A parameter as [`file()`] takes it, under the name `name`.

@@ -148,9 +148,9 @@ fn quantise(
     }
     let mut out = Rows::default();
     let mut scales = Vec::with_capacity(values.len().div_ceil(scheme.block));
-    let importance = importance::name_of(weight).and_then(|name| sources.importance(name));
-    let importance = importance.filter(|importance| importance.len() == columns);
-    for row in values.chunks_exact(columns) {
+    for (index, row) in (first..).zip(values.chunks_exact(columns)) {
+        let importance = importance::name_at(weight, index).and_then(|n| sources.importance(n));
+        let importance = importance.filter(|importance| importance.len() == columns);
         pack_row(row, importance, scheme, dtype, &mut out, &mut scales);
     }
     if let Some(at) = not_finite(&scales) {

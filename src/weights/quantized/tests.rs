@@ -251,6 +251,30 @@ fn errors_weigh_what_their_inputs_do() {
     }
 }
 
+/// As one weight or apart, each row has the importance of its own projection.
+#[test]
+fn rows_of_several_projections_keep_their_importance() {
+    let scheme = Scheme { block: 32, method: Method::Search, ..SCHEME };
+    let mut sources = Sources::new();
+    let parts = ["a", "b"].map(|name| {
+        let stored = Stored { name: name.into(), shape: vec![2, 32], dtype: DType::F32 };
+        let mut bytes = Vec::new();
+        let seed = u32::from(name.as_bytes()[0]);
+        crate::sources::encode(&random(64, seed), DType::F32, &mut bytes);
+        sources.insert_memory(stored.clone(), bytes.into()).unwrap();
+        let weighs: Vec<f32> = random(32, seed + 7).into_iter().map(|v| 0.01 + v * v).collect();
+        sources.weigh(name.to_owned(), weighs.into());
+        Weight::Stored(stored)
+    });
+    let values = |weight: &Weight| {
+        let mut out = Vec::new();
+        super::values(weight, 0..weight.rows(), &scheme, &sources, &mut out).unwrap();
+        out
+    };
+    let apart = parts.iter().flat_map(values).collect::<Vec<_>>();
+    assert_eq!(values(&Weight::Concat(parts.to_vec())), apart);
+}
+
 /// The least error over a fine grid of scales, for every zero point.
 fn exhaustive(values: &[f32], symmetric: bool) -> f64 {
     let widest = values.iter().fold(0.0_f32, |widest, v| widest.max(v.abs()));
