@@ -62,6 +62,7 @@ fn router(arguments: &RouterArguments, world: &dyn World) -> Result<Verdict> {
             to: arguments.skip,
             share: if from.is_some() { arguments.skip_over } else { 0.0 },
         },
+        skip_of: arguments.skip_of.into(),
         alpha: arguments.alpha.unwrap_or(alpha),
         tau: Line {
             from: arguments.tau_from.unwrap_or(tau.0),

@@ -3,6 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::network::Sampling;
+use super::settings::Measure;
 
 /// Windows of one length, one after the other; those with fewer tokens are padded at their end, where
 /// no real token sees it.
@@ -76,40 +77,81 @@ impl Batch {
     }
 }
 
-/// Sums over the windows of a forward pass: the predictions' losses, in nats, and their number, the
-/// decisions that keep, and all of them.
+/// Decisions, counted.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Counts {
+    /// Those that keep.
+    pub(super) kept: f64,
+    /// All.
+    pub(super) decisions: f64,
+    /// The skippable weights of those that keep.
+    pub(super) kept_weights: f64,
+    /// Of all.
+    pub(super) weights: f64,
+}
+
+impl Counts {
+    /// Adds `kept` of `decisions` of a module with as many skippable `weights`.
+    pub(super) fn add(&mut self, kept: f64, decisions: usize, weights: f64) {
+        let decisions = decisions as f64;
+        self.kept += kept;
+        self.decisions += decisions;
+        self.kept_weights += kept * weights;
+        self.weights += decisions * weights;
+    }
+}
+
+/// Sums over the windows of a forward pass: the predictions' losses, in nats, their number, and
+/// [`Counts`].
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(super) struct Totals(pub(super) [f64; Totals::COUNT]);
 
 impl Totals {
     /// How many there are.
-    pub(super) const COUNT: usize = 4;
+    pub(super) const COUNT: usize = 6;
+
+    pub(super) fn new(loss: f64, predictions: usize, counts: Counts) -> Self {
+        let Counts { kept, decisions, kept_weights, weights } = counts;
+        Self([loss, predictions as f64, kept, decisions, kept_weights, weights])
+    }
 
     /// The mean loss of the predictions, in nats.
     pub(super) fn prediction(&self) -> f64 {
         self.0[0] / self.0[1].max(1.0)
     }
 
-    /// The share of decisions that keep; `None` if nothing is routed.
-    pub(super) fn keep(&self) -> Option<f64> {
-        (self.0[3] > 0.0).then(|| self.0[2] / self.0[3])
+    /// How much keeps, and of how much.
+    fn kept(&self, measure: Measure) -> (f64, f64) {
+        match measure {
+            Measure::Modules => (self.0[2], self.0[3]),
+            Measure::Weights => (self.0[4], self.0[5]),
+        }
+    }
+
+    /// The share that keeps; `None` if nothing is routed.
+    pub(super) fn keep(&self, measure: Measure) -> Option<f64> {
+        let (kept, all) = self.kept(measure);
+        (all > 0.0).then(|| kept / all)
     }
 
     /// The loss of the predictions and the pull towards the target.
     pub(super) fn loss(&self, sampling: Option<&Sampling>) -> f64 {
-        let pull = sampling.zip(self.keep());
-        let pull = pull.map(|(sampling, keep)| sampling.alpha * (sampling.target - keep).abs());
+        let pull = sampling.and_then(|sampling| {
+            let keep = self.keep(sampling.measure)?;
+            Some(sampling.alpha * (sampling.target - keep).abs())
+        });
         self.prediction() + pull.unwrap_or_default()
     }
 
-    /// What the loss gains with every decision that keeps, by the pull alone.
+    /// What the loss gains by the pull alone, by unit of the measure that keeps.
     pub(super) fn pull(&self, sampling: Option<&Sampling>) -> f64 {
-        let Some((sampling, keep)) = sampling.zip(self.keep()) else { return 0.0 };
+        let Some(sampling) = sampling else { return 0.0 };
+        let Some(keep) = self.keep(sampling.measure) else { return 0.0 };
         let sign = match keep.total_cmp(&sampling.target) {
             std::cmp::Ordering::Less => -1.0,
             std::cmp::Ordering::Equal => 0.0,
             std::cmp::Ordering::Greater => 1.0,
         };
-        sampling.alpha * sign / self.0[3]
+        sampling.alpha * sign / self.kept(sampling.measure).1
     }
 }

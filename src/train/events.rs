@@ -111,10 +111,13 @@ mod written {
                     ("train/gradient_norm", Some(step.gradient_norm)),
                     ("train/tokens_per_second", Some(step.tokens_per_second)),
                 ],
-                Metrics::Evaluation(Evaluation { perplexity, skipped, .. }) => {
+                Metrics::Evaluation(Evaluation {
+                    perplexity, skipped, skipped_weights, ..
+                }) => {
                     vec![
                         ("evaluation/perplexity", Some(*perplexity)),
                         ("evaluation/skipped", *skipped),
+                        ("evaluation/skipped_weights", *skipped_weights),
                     ]
                 }
                 Metrics::Dense(Evaluation { perplexity, .. }) => {
@@ -192,8 +195,13 @@ mod written {
         fn the_lines_of_a_run_are_its_scalars_and_come_once() {
             let directory = TempDir::new().unwrap();
             let output = directory.path();
-            let evaluation =
-                Evaluation { step: 2, perplexity: 40.0, skipped: Some(0.25), windows: 3 };
+            let evaluation = Evaluation {
+                step: 2,
+                perplexity: 40.0,
+                skipped: Some(0.25),
+                skipped_weights: Some(0.125),
+                windows: 3,
+            };
             let mut log = Log::open(output, 0, true).unwrap();
             for line in [step(1, 8.0), step(2, 4.0), Metrics::Evaluation(evaluation), step(3, 9.0)]
             {
@@ -212,13 +220,14 @@ mod written {
             ];
             assert_eq!(first, expected);
             assert_eq!(
-                found[12..14],
+                found[12..15],
                 [
                     (2, "evaluation/perplexity".to_owned(), 40.0),
-                    (2, "evaluation/skipped".to_owned(), 0.25)
+                    (2, "evaluation/skipped".to_owned(), 0.25),
+                    (2, "evaluation/skipped_weights".to_owned(), 0.125)
                 ]
             );
-            assert_eq!(found.len(), 20);
+            assert_eq!(found.len(), 21);
             // The third step came after the checkpoint; it is done again.
             drop(log);
             let mut log = Log::open(output, 2, true).unwrap();

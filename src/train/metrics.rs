@@ -45,7 +45,7 @@ pub struct Step {
     pub loss: f64,
     /// The prediction loss, in nats a token.
     pub prediction: f64,
-    /// The share of decisions that kept.
+    /// The share of decisions that kept; in a run to skip a share of weights, of these.
     pub keep: Option<f64>,
     /// The target for it; in router tuning.
     pub target: Option<f64>,
@@ -70,6 +70,10 @@ pub struct Evaluation {
     pub perplexity: f64,
     /// The share of decisions that skipped; `None` if nothing is routed.
     pub skipped: Option<f64>,
+    /// The share of weights that these decisions left out, of those of all modules that decide:
+    /// of q, o, gate, up and down.
+    #[serde(default)]
+    pub skipped_weights: Option<f64>,
     /// Windows.
     pub windows: usize,
 }

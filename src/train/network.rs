@@ -13,13 +13,15 @@ use candle_core::{Device, Result as Candle, Tensor, Var};
 use skipgpt_passes::ir::{Dispatch, ModuleId, ModuleKind};
 
 use super::attach;
-use super::batch::{Batch, Totals};
+use super::batch::{Batch, Counts, Totals};
 use super::loss::{self, Loss};
 use super::on_device;
 use super::parameters::Parameter;
 use super::random::{self, Use};
+use super::settings::Measure;
 use crate::model::gradient::{Estimator, hold, seed, widened};
 use crate::model::layer::Decision;
+use crate::model::mlp::GateUp;
 use crate::model::router::Routing;
 use crate::model::step::{Decide, Relaxation, Step};
 use crate::model::{Error, Parts};
@@ -61,8 +63,10 @@ pub(super) struct Sampling {
     pub(super) estimator: Estimator,
     /// Differences of Gumbel draws, `[rows]`, by module.
     pub(super) noise: BTreeMap<ModuleId, Tensor>,
-    /// The share of decisions that should keep.
+    /// The share that should keep.
     pub(super) target: f64,
+    /// Of what.
+    pub(super) measure: Measure,
     /// How strong the pull is.
     pub(super) alpha: f64,
 }
@@ -149,7 +153,7 @@ impl Network {
 
         let mut x = self.embed(batch).map_err(outside)?;
         let (mut inputs, mut graphs) = (Vec::new(), Vec::new());
-        let mut counts = (0.0, 0_usize);
+        let mut counts = Counts::default();
         for at in 0..self.parts.layers.len() {
             let graph = self.layer(at, &x, &step)?;
             self.count(at, &graph, batch, &mut counts)?;
@@ -158,7 +162,7 @@ impl Network {
             graphs.push((!objective.recompute).then_some(graph));
         }
         let (loss, gradient) = self.head(&x, batch, teacher.as_ref(), true).map_err(outside)?;
-        let totals = Totals([loss.sum, loss.count as f64, counts.0, counts.1 as f64]);
+        let totals = Totals::new(loss.sum, loss.count, counts);
         let mask = batch.mask().map_err(outside)?;
         Ok(Forward { step, mask, graphs, inputs, gradient, totals })
     }
@@ -176,7 +180,8 @@ impl Network {
         if own.0[1] < totals.0[1] {
             gradient = (gradient * share).map_err(outside)?;
         }
-        let pull = totals.pull(sampling);
+        let measure = sampling.map(|sampling| sampling.measure).unwrap_or_default();
+        let pull = (totals.pull(sampling), measure);
         let mut gradients: Vec<_> =
             self.parameters.iter().map(|one| vec![0.0; one.len()]).collect();
         while let (Some(input), Some(graph)) = (inputs.pop(), graphs.pop()) {
@@ -186,20 +191,17 @@ impl Network {
                 None => self.layer(at, &input, &step)?,
             };
             let place = self.place(at);
-            let pull = (pull, mask.as_ref());
-            gradient = self.back(at, graph, &gradient, pull, &mut gradients).map_err(place)?;
+            let mask = mask.as_ref();
+            gradient =
+                self.back(at, graph, &gradient, (pull, mask), &mut gradients).map_err(place)?;
         }
         Ok(gradients)
     }
 
-    /// How well the text is predicted; how many of the decisions keep, of how many.
-    pub(super) fn evaluate(
-        &self,
-        batch: &Batch,
-        decide: Decide,
-    ) -> Result<(Loss, (f64, usize)), Error> {
+    /// How well the text is predicted, and how many of the decisions keep.
+    pub(super) fn evaluate(&self, batch: &Batch, decide: Decide) -> Result<(Loss, Counts), Error> {
         let step = self.step(batch, decide).map_err(outside)?;
-        let mut counts = (0.0, 0);
+        let mut counts = Counts::default();
         let x = self.walk(batch, &step, |at, graph| self.count(at, graph, batch, &mut counts))?;
         if self.on_device() {
             let (loss, _) = self.head_on_device(&x, batch, None).map_err(outside)?;
@@ -264,13 +266,33 @@ impl Network {
         Ok(Graph { x: x_var, y, decisions })
     }
 
-    /// Adds a layer's decisions to the sum of keeps and their number.
+    /// What a decision of layer `at` counts as: 1, or the weights that skipping leaves out.
+    pub(super) fn counts_as(&self, at: usize, kind: ModuleKind, measure: Measure) -> f64 {
+        let layer = &self.parts.layers[at];
+        let weights = match (measure, kind) {
+            (Measure::Modules, _) => return 1.0,
+            (Measure::Weights, ModuleKind::Attention) => {
+                layer.attention.as_ref().map(|module| vec![&module.q, &module.o])
+            }
+            (Measure::Weights, ModuleKind::Mlp) => layer.mlp.as_ref().map(|module| {
+                let mut all = match &module.gate_up {
+                    GateUp::Separate { gate, up } => vec![gate, up],
+                    GateUp::Fused(both) => vec![both],
+                };
+                all.push(&module.down);
+                all
+            }),
+        };
+        weights.iter().flatten().map(|linear| linear.weight.elem_count() as f64).sum()
+    }
+
+    /// Adds a layer's decisions to `counts`.
     fn count(
         &self,
         at: usize,
         graph: &Graph,
         batch: &Batch,
-        counts: &mut (f64, usize),
+        counts: &mut Counts,
     ) -> Result<(), Error> {
         for decision in &graph.decisions {
             let kept: Candle<f64> = match &decision.keep {
@@ -288,8 +310,8 @@ impl Network {
                     Ok(real.filter(|(margin, _)| **margin >= 0.0).count() as f64)
                 }),
             };
-            counts.0 += kept.map_err(self.place(at))?;
-            counts.1 += batch.tokens();
+            let weights = self.counts_as(at, decision.kind, Measure::Weights);
+            counts.add(kept.map_err(self.place(at))?, batch.tokens(), weights);
         }
         Ok(())
     }
@@ -334,13 +356,15 @@ impl Network {
         at: usize,
         graph: Graph,
         gradient: &Tensor,
-        (pull, mask): (f64, Option<&Tensor>),
+        ((pull, measure), mask): ((f64, Measure), Option<&Tensor>),
         gradients: &mut [Vec<f32>],
     ) -> Candle<Tensor> {
         let mut root = seed(&graph.y, gradient)?;
-        for keep in graph.decisions.iter().filter_map(|decision| decision.keep.as_ref()) {
+        for decision in &graph.decisions {
+            let Some(keep) = &decision.keep else { continue };
             let kept = mask.map_or_else(|| keep.sum_all(), |mask| (keep * mask)?.sum_all());
-            root = (root + (kept? * pull)?)?;
+            let by = pull * self.counts_as(at, decision.kind, measure);
+            root = (root + (kept? * by)?)?;
         }
         let mut store = root.backward()?;
         let own = self.parameters.iter().zip(gradients).filter(|(one, _)| one.layer == at);

@@ -6,8 +6,9 @@
 
 use candle_core::{D, DType, Device, Result as Candle, Tensor};
 
-use super::batch::{Batch, Totals};
-use super::network::{Graph, Network, Objective, outside};
+use super::batch::{Batch, Counts, Totals};
+use super::network::{Graph, Network, Objective, Sampling, outside};
+use super::settings::Measure;
 use crate::model::Error;
 use crate::model::gradient::seed;
 use crate::model::layer::Decision;
@@ -144,12 +145,15 @@ impl Network {
         let teacher = if objective.distill { Some(self.dense(batch)?) } else { None };
         let mut x = self.embed(batch).map_err(outside)?;
         let (mut inputs, mut graphs) = (Vec::new(), Vec::new());
-        let (mut keeps, mut decisions) = (Vec::new(), 0);
+        let mut keeps = Vec::new();
         for at in 0..self.parts.layers.len() {
             let graph = self.layer(at, &x, &step)?;
             for decision in &graph.decisions {
-                keeps.push(kept(decision).map_err(self.place(at))?);
-                decisions += decision.margins.elem_count();
+                keeps.push(Kept {
+                    kept: kept(decision).map_err(self.place(at))?,
+                    decisions: decision.margins.elem_count(),
+                    weights: self.counts_as(at, decision.kind, Measure::Weights),
+                });
             }
             let y = graph.y.detach();
             inputs.push(std::mem::replace(&mut x, y));
@@ -157,13 +161,9 @@ impl Network {
         }
         let (loss, mut gradient) =
             self.head_on_device(&x, batch, teacher.as_ref()).map_err(outside)?;
-        let keep = share(&keeps, decisions).map_err(outside)?;
-        let pull = match (&objective.sampling, &keep) {
-            (Some(sampling), Some(keep)) => {
-                let by = sampling.alpha / decisions as f64;
-                Some(direction(keep, sampling.target).and_then(|up| up * by).map_err(outside)?)
-            }
-            _ => None,
+        let pull = match &objective.sampling {
+            Some(sampling) => pull(&keeps, sampling).map_err(outside)?,
+            None => None,
         };
         let mut sums: Vec<Option<Tensor>> = vec![None; self.parameters.len()];
         while let (Some(input), Some(graph)) = (inputs.pop(), graphs.pop()) {
@@ -172,10 +172,11 @@ impl Network {
                 Some(graph) => graph,
                 None => self.layer(at, &input, &step)?,
             };
-            let back = self.back_on_device(at, graph, &gradient, pull.as_ref(), &mut sums);
+            let pull = pull.as_ref().zip(objective.sampling.as_ref());
+            let back = self.back_on_device(at, graph, &gradient, pull, &mut sums);
             gradient = back.map_err(self.place(at))?;
         }
-        self.read(&loss, (keep.as_ref(), decisions), &sums).map_err(outside)
+        self.read(&loss, &keeps, &sums).map_err(outside)
     }
 
     /// [`Network::back`], on a device.
@@ -184,13 +185,15 @@ impl Network {
         at: usize,
         graph: Graph,
         gradient: &Tensor,
-        pull: Option<&Tensor>,
+        pull: Option<(&Tensor, &Sampling)>,
         sums: &mut [Option<Tensor>],
     ) -> Candle<Tensor> {
         let mut root = seed(&graph.y, gradient)?;
-        if let Some(pull) = pull {
-            for keep in graph.decisions.iter().filter_map(|decision| decision.keep.as_ref()) {
-                root = (root + (keep.sum_all()? * pull)?)?;
+        if let Some((pull, sampling)) = pull {
+            for decision in &graph.decisions {
+                let Some(keep) = &decision.keep else { continue };
+                let by = self.counts_as(at, decision.kind, sampling.measure);
+                root = (root + ((keep.sum_all()? * pull)? * by)?)?;
             }
         }
         let mut store = root.backward()?;
@@ -215,12 +218,14 @@ impl Network {
     fn read(
         &self,
         loss: &Loss,
-        (keep, decisions): (Option<&Tensor>, usize),
+        keeps: &[Kept],
         sums: &[Option<Tensor>],
     ) -> Candle<(Totals, Vec<Vec<f32>>)> {
         let device = loss.sum.device();
-        let zero = Tensor::zeros((), DType::F32, device)?;
-        let mut parts = vec![loss.sum.reshape(1)?, keep.unwrap_or(&zero).reshape(1)?];
+        let mut parts = vec![loss.sum.reshape(1)?];
+        for one in keeps {
+            parts.push(one.kept.reshape(1)?);
+        }
         for (parameter, sum) in self.parameters.iter().zip(sums) {
             parts.push(match sum {
                 Some(sum) => sum.flatten_all()?.to_dtype(DType::F32)?,
@@ -228,10 +233,12 @@ impl Network {
             });
         }
         let values = Tensor::cat(&parts, 0)?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
-        let (scalars, mut rest) = values.split_at(2);
-        let decisions = decisions as f64;
-        let keeps = f64::from(scalars[1]) * decisions;
-        let totals = Totals([scalars[0].into(), loss.count as f64, keeps, decisions]);
+        let (scalars, mut rest) = values.split_at(1 + keeps.len());
+        let mut counts = Counts::default();
+        for (one, kept) in keeps.iter().zip(&scalars[1..]) {
+            counts.add(f64::from(*kept), one.decisions, one.weights);
+        }
+        let totals = Totals::new(scalars[0].into(), loss.count, counts);
         let mut gradients = Vec::new();
         for parameter in &self.parameters {
             let (own, others) = rest.split_at(parameter.len());
@@ -242,14 +249,30 @@ impl Network {
     }
 }
 
-/// The share of the decisions that keep; `None` if nothing is routed.
-fn share(keeps: &[Tensor], decisions: usize) -> Candle<Option<Tensor>> {
-    if keeps.is_empty() {
-        return Ok(None);
-    }
+/// A module's decisions in a pass.
+struct Kept {
+    /// How many keep, a scalar in `f32`.
+    kept: Tensor,
+    decisions: usize,
+    /// The weights that one which skips does without.
+    weights: f64,
+}
+
+/// What the loss gains by the pull alone, by unit of the measure that keeps; `None` if nothing is routed.
+fn pull(keeps: &[Kept], sampling: &Sampling) -> Candle<Option<Tensor>> {
+    let unit = |one: &Kept| match sampling.measure {
+        Measure::Modules => 1.0,
+        Measure::Weights => one.weights,
+    };
+    let all: f64 = keeps.iter().map(|one| one.decisions as f64 * unit(one)).sum();
+    let Some((first, others)) = keeps.split_first() else { return Ok(None) };
     // Counts of whole numbers: exact in `f32` up to 2^24 by module, and summed as shares after.
-    let shares = Tensor::stack(keeps, 0)?.affine(1.0 / decisions.max(1) as f64, 0.0)?;
-    shares.sum_all().map(Some)
+    let share = |one: &Kept| &one.kept * (unit(one) / all);
+    let mut keep = share(first)?;
+    for one in others {
+        keep = (keep + share(one)?)?;
+    }
+    (direction(&keep, sampling.target)? * (sampling.alpha / all)).map(Some)
 }
 
 /// 1 where `keep` is over the target, −1 where it is under, 0 on it.

@@ -90,8 +90,11 @@ pub enum Stage {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Router {
-    /// The share of modules to skip, over layers, both modules and tokens.
+    /// The share to skip, over layers, both modules and tokens.
     pub skip: Line,
+    /// What it is a share of.
+    #[serde(default)]
+    pub skip_of: Measure,
     /// How strong the pull towards it is.
     pub alpha: f64,
     /// The temperature.
@@ -104,6 +107,18 @@ pub struct Router {
     /// The width of a hidden layer; `None` for routers of one layer.
     #[serde(default)]
     pub width: Option<usize>,
+}
+
+/// What decisions count as, in the share that is skipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// All the same, as published.
+    #[default]
+    Modules,
+    /// As many as the module has weights that a skipped token does not need: those of q and o, or of
+    /// gate, up and down.
+    Weights,
 }
 
 /// How a decision is sampled and its gradient estimated.

@@ -11,7 +11,7 @@ use skipgpt_passes::validate::validate;
 use super::attach;
 use super::batch::{Batch, Totals};
 use super::network::{Network, Objective, Sampling};
-use super::settings::{self, Lora, Router, Target};
+use super::settings::{self, Lora, Measure, Router, Target};
 use crate::checkpoint::{self, Checkpoint};
 use crate::eval;
 use crate::model::dropout::Clock;
@@ -54,7 +54,15 @@ pub(super) fn parts_as(router: bool, kernels: Kernels, dtype: DType) -> Parts {
 pub(super) fn router_settings() -> Router {
     let line = |value| Line { from: value, to: value, share: 0.0 };
     let estimator = settings::Estimator::Gumbel;
-    Router { skip: line(0.25), alpha: 8.0, estimator, tau: line(2.0), keep_bias: 0.0, width: None }
+    Router {
+        skip: line(0.25),
+        skip_of: Measure::Modules,
+        alpha: 8.0,
+        estimator,
+        tau: line(2.0),
+        keep_bias: 0.0,
+        width: None,
+    }
 }
 
 fn lora_settings(dropout: f64) -> Lora {
@@ -80,8 +88,9 @@ pub(super) fn pass(network: &Network, batch: &Batch, objective: &Objective) -> P
         let totals = forward.totals;
         (totals, network.backward(forward, sampling, &totals).unwrap())
     };
+    let measure = sampling.map(|sampling| sampling.measure).unwrap_or_default();
     let (loss, prediction) = (totals.loss(sampling), totals.prediction());
-    Pass { loss, prediction, keep: totals.keep(), gradients }
+    Pass { loss, prediction, keep: totals.keep(measure), gradients }
 }
 
 /// What PyTorch computed.
@@ -176,6 +185,7 @@ pub(super) fn sampled(expected: &Expected, recompute: bool, distill: bool) -> Ob
         estimator: Estimator::StraightThrough { tau: 2.0 },
         noise: expected.noise(),
         target: 0.75,
+        measure: Measure::Modules,
         alpha: 8.0,
     };
     Objective { sampling: Some(sampling), distill, recompute }
@@ -227,6 +237,56 @@ fn routers_have_the_gradients_of_pytorch() {
 fn adapters_have_the_gradients_of_pytorch() {
     let expected = Expected::read();
     expected.check_adapters(&adapter(&expected));
+}
+
+/// How many weights of a layer's two modules skipping leaves out.
+fn weights(parts: &Parts) -> [f64; 2] {
+    let config = &parts.config;
+    let q_and_o = 2 * config.hidden_size * config.num_attention_heads * config.head_dim;
+    let down = &parts.layers[0].mlp.as_ref().unwrap().down.weight;
+    [q_and_o, 3 * down.elem_count()].map(|count| count as f64)
+}
+
+/// Where weights are what is to be skipped, a decision pulls as its module weighs, on a device too.
+/// In the last layer that is seen at once: no other router reads what comes of its decisions.
+#[test]
+fn the_pull_is_by_weights() {
+    let expected = Expected::read();
+    let batch = expected.batch();
+    let parts = parts(false);
+    let ([q_and_o, mlp], last) = (weights(&parts), parts.layers.len() - 1);
+    let [own, other] = [Kernels::Differentiable, Kernels::Device].map(|kernels| {
+        let network = routers_in(parts_as(false, kernels, DType::F32), &expected);
+        let pulled = |measure, alpha| {
+            let mut objective = sampled(&expected, false, false);
+            let sampling = objective.sampling.as_mut().unwrap();
+            (sampling.measure, sampling.alpha, sampling.target) = (measure, alpha, 0.125);
+            pass(&network, &batch, &objective)
+        };
+        let alpha = 4096.0;
+        let [plain, modules, weights] = [
+            pulled(Measure::Modules, 0.0),
+            pulled(Measure::Modules, alpha),
+            pulled(Measure::Weights, alpha),
+        ];
+        let keep = weights.keep.unwrap();
+        assert!((keep - modules.keep.unwrap()).abs() > 1e-3, "{keep}");
+        assert!((weights.loss - weights.prediction - alpha * (keep - 0.125)).abs() < 1e-6);
+        let gradients = plain.gradients.iter().zip(&modules.gradients).zip(&weights.gradients);
+        let all = network.parameters.iter().zip(gradients);
+        for (parameter, ((plain, modules), weights)) in all.filter(|(one, _)| one.layer == last) {
+            let own = if parameter.name.contains("mlp") { mlp } else { q_and_o };
+            let factor = (2.0 * own / (q_and_o + mlp)) as f32;
+            let highest = modules.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
+            for ((plain, modules), weights) in plain.iter().zip(modules).zip(weights) {
+                let expected = plain + (modules - plain) * factor;
+                let error = (weights - expected).abs() / highest;
+                assert!(error < TOLERANCE, "{}: {weights} {expected}", parameter.name);
+            }
+        }
+        weights.gradients
+    });
+    alike(&other, &own);
 }
 
 /// With every gate open the student is the teacher.
@@ -288,7 +348,7 @@ fn evaluations_agree_with_eval() {
     let expected = Expected::read();
     let network = routers(&expected);
     let batch = expected.batch();
-    let (loss, (keeps, decisions)) = network.evaluate(&batch, Decide::Argmax).unwrap();
+    let (loss, counts) = network.evaluate(&batch, Decide::Argmax).unwrap();
     let checkpoint = checkpoint(true);
     let model = validate(&checkpoint.model).unwrap();
     let mut reference = Reference::load(model, &checkpoint.sources).unwrap();
@@ -296,8 +356,13 @@ fn evaluations_agree_with_eval() {
     let report =
         eval::perplexity(&mut reference, &expected.ids(), options, &Alone, |_| ()).unwrap();
     assert!((loss.mean() - report.nll).abs() < 1e-5, "{} {}", loss.mean(), report.nll);
-    let skipped = 1.0 - keeps / decisions as f64;
-    assert!((skipped - report.skipped.unwrap().all.unwrap()).abs() < 1e-9);
+    let skipped = 1.0 - counts.kept / counts.decisions;
+    let found = report.skipped.unwrap();
+    assert!((skipped - found.all.unwrap()).abs() < 1e-9);
+    let [q_and_o, mlp] = weights(&network.parts);
+    let by_weight = found.attention.unwrap() * q_and_o + found.mlp.unwrap() * mlp;
+    let skipped = 1.0 - counts.kept_weights / counts.weights;
+    assert!((skipped - by_weight / (q_and_o + mlp)).abs() < 1e-9, "{skipped}");
 }
 
 /// The rows of `noise` from `first` on.
@@ -332,14 +397,16 @@ fn padding_changes_nothing() {
         lengths.iter().enumerate().map(|(at, length)| ids[at * 9..][..*length].to_vec()).collect();
     let (router, lora) = (routers(&expected), adapter(&expected));
     let noise = router.noise(3, 5, 0..lengths.len() * window).unwrap();
-    for distill in [false, true] {
+    for (distill, measure) in [(false, Measure::Modules), (true, Measure::Weights)] {
         for network in [&router, &lora] {
             let sampled = network.parameters.iter().any(|one| one.name.contains("router"));
+            let measure = if sampled { measure } else { Measure::default() };
             let objective = |noise: BTreeMap<ModuleId, Tensor>| Objective {
                 sampling: sampled.then_some(Sampling {
                     estimator: Estimator::StraightThrough { tau: 2.0 },
                     noise,
                     target: 0.2,
+                    measure,
                     alpha: 8.0,
                 }),
                 distill,
@@ -360,7 +427,7 @@ fn padding_changes_nothing() {
                 sums.for_each(|(sum, value)| *sum += value);
             }
             assert!((padded.prediction - totals.prediction()).abs() < 1e-5);
-            assert!((padded.keep.unwrap() - totals.keep().unwrap()).abs() < 1e-12);
+            assert!((padded.keep.unwrap() - totals.keep(measure).unwrap()).abs() < 1e-12);
             let mut sums: Vec<Vec<f32>> = Vec::new();
             for (forward, objective) in parts {
                 let sampling = objective.sampling.as_ref();

@@ -9,7 +9,7 @@ use super::data::{Order, Windows};
 use super::metrics::{Evaluation, Log, Metrics, Step};
 use super::network::{Network, Objective, Sampling};
 use super::optimizer::{self, AdamW};
-use super::settings::{self, Settings, Stage};
+use super::settings::{self, Measure, Settings, Stage};
 use super::share::Share;
 use super::state::Store;
 use super::{Error, Event, OnEvent, Outcome, Request, output};
@@ -200,7 +200,8 @@ impl Trainer<'_> {
         if !loss.is_finite() {
             return Err(self.not_finite("loss", loss, pass));
         }
-        sums.add(totals, loss);
+        let measure = sampling.map(|sampling| sampling.measure).unwrap_or_default();
+        sums.add(totals, loss, measure);
         Ok(())
     }
 
@@ -236,7 +237,8 @@ impl Trainer<'_> {
                     .network
                     .noise(self.settings.seed, number, rows)
                     .map_err(|source| Error::Compute { what: "drawing noise", source })?;
-                Some(Sampling { estimator, noise, target, alpha: router.alpha })
+                let (measure, alpha) = (router.skip_of, router.alpha);
+                Some(Sampling { estimator, noise, target, measure, alpha })
             }
             _ => None,
         };
@@ -268,8 +270,8 @@ impl Trainer<'_> {
         for (index, found) in found.as_chunks_mut().0.iter_mut().enumerate() {
             if self.world.takes(index) {
                 let batch = Batch::new(vec![windows.tokens(index)?], windows.length(index));
-                let (loss, (kept, of)) = self.network.evaluate(&batch, decide.clone())?;
-                *found = [loss.sum, loss.count as f64, kept, of as f64];
+                let (loss, counts) = self.network.evaluate(&batch, decide.clone())?;
+                *found = Totals::new(loss.sum, loss.count, counts).0;
             }
         }
         self.world.sum(&mut found)?;
@@ -280,7 +282,8 @@ impl Trainer<'_> {
         Ok(Some(Evaluation {
             step: self.step,
             perplexity: sums.prediction().exp(),
-            skipped: sums.keep().map(|keep| 1.0 - keep),
+            skipped: sums.keep(Measure::Modules).map(|keep| 1.0 - keep),
+            skipped_weights: sums.keep(Measure::Weights).map(|keep| 1.0 - keep),
             windows: windows.len(),
         }))
     }
@@ -296,10 +299,10 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, pass: &Totals, loss: f64) {
+    fn add(&mut self, pass: &Totals, loss: f64, measure: Measure) {
         self.loss += loss;
         self.prediction += pass.prediction();
-        self.keep = pass.keep().map(|keep| keep + self.keep.unwrap_or_default());
+        self.keep = pass.keep(measure).map(|keep| keep + self.keep.unwrap_or_default());
     }
 
     fn add_gradients(&mut self, pass: Vec<Vec<f32>>) {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use skipgpt_export::train::data::FIELD;
-use skipgpt_export::train::settings::{Base, Target};
+use skipgpt_export::train::settings::{Base, Measure, Target};
 
 use crate::cli::Device;
 
@@ -24,9 +24,12 @@ pub(crate) struct RouterArguments {
     /// The published settings to begin with; any of them can be given by its own flag
     #[arg(long, value_enum, default_value_t = Preset::Paper)]
     pub(super) preset: Preset,
-    /// Share of modules to skip, over layers, both modules and tokens
+    /// Share to skip, over layers, both modules and tokens
     #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
     pub(super) skip: f64,
+    /// What it is a share of
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = MeasureArgument::Modules)]
+    pub(super) skip_of: MeasureArgument,
     /// Share to begin with; it grows to --skip in a line [default: --skip]
     #[arg(long, value_name = "SHARE")]
     pub(super) skip_from: Option<f64>,
@@ -192,6 +195,23 @@ pub(super) enum EstimatorArgument {
     Gumbel,
     /// `ReinMax`, right to the second order; decisions too are drawn at the temperature
     Reinmax,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum MeasureArgument {
+    /// Of decisions, all the same, as published
+    Modules,
+    /// Of the weights that skipped modules do without: what a decode step saves
+    Weights,
+}
+
+impl From<MeasureArgument> for Measure {
+    fn from(measure: MeasureArgument) -> Self {
+        match measure {
+            MeasureArgument::Modules => Self::Modules,
+            MeasureArgument::Weights => Self::Weights,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

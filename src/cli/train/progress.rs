@@ -50,7 +50,11 @@ impl Bars {
 pub(super) fn described(evaluation: &metrics::Evaluation) -> String {
     let skipped = evaluation
         .skipped
-        .map(|skipped| format!(", {:.1} % of modules skipped", 100.0 * skipped))
+        .zip(evaluation.skipped_weights)
+        .map(|(modules, weights)| {
+            let [modules, weights] = [modules, weights].map(|share| 100.0 * share);
+            format!(", {modules:.1} % of modules and {weights:.1} % of their weights skipped")
+        })
         .unwrap_or_default();
     format!(
         "perplexity {:.2}{skipped} ({} held-out windows)",

@@ -2,12 +2,15 @@
 //! slices, and in 16 bits beside `f32`.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
+
 use candle_core::Device;
 
 use super::super::tests::{
     Expected, adapter_in, close, parts_as, pass, routers, routers_in, sampled,
 };
 use super::*;
+use crate::model::gradient::Estimator;
 use crate::model::step::Decide;
 
 fn on_device(router: bool, dtype: DType) -> crate::model::Parts {
@@ -69,7 +72,23 @@ fn the_pull_is_found_where_the_keeps_are() {
         let found = direction(&scalar(keep), 0.75).unwrap().to_scalar::<f32>().unwrap();
         assert!((found - expected).abs() < f32::EPSILON, "{keep}: {found}");
     }
-    assert!(share(&[], 0).unwrap().is_none());
-    let all = share(&[scalar(3.0), scalar(1.0)], 8).unwrap().unwrap();
-    assert!((all.to_scalar::<f32>().unwrap() - 0.5).abs() < f32::EPSILON);
+    let mut sampling = Sampling {
+        estimator: Estimator::StraightThrough { tau: 1.0 },
+        noise: BTreeMap::new(),
+        target: 0.5,
+        measure: Measure::Modules,
+        alpha: 8.0,
+    };
+    assert!(pull(&[], &sampling).unwrap().is_none());
+    // 5 of 8 decisions keep; of 4 · 1 + 4 · 3 weights 7.
+    let keeps = [(4.0, 1.0), (1.0, 3.0)].map(|(kept, weights)| Kept {
+        kept: scalar(kept),
+        decisions: 4,
+        weights,
+    });
+    let found =
+        |sampling: &Sampling| pull(&keeps, sampling).unwrap().unwrap().to_scalar::<f32>().unwrap();
+    assert!((found(&sampling) - 1.0).abs() < f32::EPSILON);
+    sampling.measure = Measure::Weights;
+    assert!((found(&sampling) + 0.5).abs() < f32::EPSILON);
 }
