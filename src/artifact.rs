@@ -11,7 +11,10 @@ use crate::{onnx, sources, weights};
 
 pub mod card;
 pub mod clients;
+mod data;
+mod files;
 pub mod hash;
+mod inputs;
 pub mod layout;
 pub mod manifest;
 pub mod names;
@@ -19,7 +22,10 @@ pub mod output;
 pub mod staging;
 mod write;
 
-pub(crate) use write::{Files, Tracked, Tracker, inputs, outside_checkpoint, records};
+pub(crate) use data::{Tracked, Tracker};
+pub(crate) use files::Files;
+pub use inputs::{check_links, check_output};
+pub(crate) use inputs::{inputs, outside_checkpoint, records};
 pub use write::{Request, write};
 
 use manifest::{FileRecord, Manifest};
@@ -65,6 +71,9 @@ pub enum Error {
     /// The output path ends in `..` or is the root.
     #[error("{}: is not a name for a new directory", .0.display())]
     NoName(PathBuf),
+    /// A checkpoint where a graph is needed.
+    #[error("{}: holds no graph to run, but a checkpoint (--format safetensors); export it as ONNX", .0.display())]
+    NoGraph(PathBuf),
     /// The output directory is the checkpoint, or holds it.
     #[error("{}: holds the checkpoint {}; choose another path", path.display(), checkpoint.display())]
     OnCheckpoint {
@@ -271,8 +280,10 @@ impl Artifact {
     /// [`Error::NotAnArtifact`] if the artifact has no such file, [`Error::Changed`] if it is not
     /// the one that was written.
     pub fn read(&self, name: &str) -> Result<Vec<u8>, Error> {
-        let record =
-            self.record(name).ok_or_else(|| Error::NotAnArtifact(self.directory.clone()))?;
+        let record = self.record(name).ok_or_else(|| match self.manifest.options.format {
+            manifest::Format::Safetensors => Error::NoGraph(self.directory.clone()),
+            manifest::Format::Onnx => Error::NotAnArtifact(self.directory.clone()),
+        })?;
         let path = self.path(name);
         let bytes = std::fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
         let found = hash::of_bytes(&bytes).sha256;

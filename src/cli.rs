@@ -17,9 +17,11 @@ pub(crate) mod sources;
 pub(crate) mod train;
 pub(crate) mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rustix::fs::Access;
 use skipgpt_export::device::Compute;
 use skipgpt_export::runtime::session;
 
@@ -61,20 +63,46 @@ pub(crate) enum Command {
     Doctor(doctor::Arguments),
 }
 
+impl Command {
+    /// Whether it asks [`screen::go_on`] at every turn, and leaves nothing behind if told to stop.
+    pub(crate) const fn stops_itself(&self) -> bool {
+        match self {
+            Self::Import(_) | Self::Train(_) | Self::Export(_) => true,
+            Self::Bench(arguments) => !arguments.is_measured(),
+            _ => false,
+        }
+    }
+}
+
+/// A file to be written, in a directory that is there: a result must not be lost after hours for want of one.
+pub(crate) fn destination() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path.parent() {
+        Some(parent) => {
+            let parent = if parent == Path::new("") { Path::new(".") } else { parent };
+            match rustix::fs::access(parent, Access::WRITE_OK) {
+                _ if !parent.is_dir() => Err(format!("{} is no directory", parent.display())),
+                Err(error) if !path.exists() => Err(format!("{}: {error}", parent.display())),
+                _ => Ok(path),
+            }
+        }
+        None => Ok(path),
+    })
+}
+
 /// A checkpoint and what was trained on it.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CheckpointArguments {
     /// Checkpoint: a Hugging Face directory with config.json and safetensors
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// Routers: router.safetensors or router.pth
+    /// Routers: router.safetensors or router.pth; without, the model is dense
     #[arg(long, value_name = "FILE")]
     pub(crate) router: Option<PathBuf>,
     /// LoRA: a PEFT directory, or lora.pth
     #[arg(long, value_name = "PATH")]
     pub(crate) adapter: Option<PathBuf>,
     /// LoRA alpha, for a lora.pth (which does not state it)
-    #[arg(long, value_name = "ALPHA")]
+    #[arg(long, value_name = "ALPHA", requires = "adapter")]
     pub(crate) lora_alpha: Option<f64>,
 }
 
@@ -156,7 +184,7 @@ impl From<Device> for Compute {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ReportArguments {
     /// Also write the report as JSON; `-` writes it to standard output in place of the text
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = destination())]
     pub(crate) json: Option<PathBuf>,
 }
 

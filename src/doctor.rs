@@ -152,7 +152,8 @@ impl fmt::Display for Report {
         let state = self.device.reason.as_deref().unwrap_or("works");
         writeln!(f, "training and checkpoints on a GPU: {state}")?;
         if !self.looked_at.is_empty() {
-            writeln!(f, "looked for ONNX Runtime in vain at")?;
+            let before = if self.onnxruntime.is_some() { "before, " } else { "" };
+            writeln!(f, "{before}looked for ONNX Runtime in vain at")?;
         }
         for Place { how, place, reason } in &self.looked_at {
             match place {

@@ -1,5 +1,6 @@
 //! Text out of a [`Decoder`]: greedy or sampled, one token at a time.
 
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
@@ -53,6 +54,8 @@ pub enum Stop {
     MaxNewTokens,
     /// The model takes no more.
     ContextLength,
+    /// Whoever got the text wanted no more.
+    Asked,
 }
 
 /// Share of routed modules, over tokens, that were skipped; `None` without such modules or tokens.
@@ -127,40 +130,45 @@ pub enum Error<E: std::error::Error + Send + Sync + 'static> {
 }
 
 /// Continues the tokens `prompt` on `decoder`, whose cache is forgotten first. `on_text` gets the
-/// text as it comes, never with a torn character.
+/// text as it comes, never with a torn character, and may end it.
 pub fn generate<D: Decoder>(
     decoder: &mut D,
     tokenizer: &Tokenizer,
     prompt: &[i64],
     options: &Options,
-    mut on_text: impl FnMut(&str),
+    mut on_text: impl FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Report, Error<D::Error>> {
     let mut stream = tokenizer.stream();
     let mut torn = None;
     let mut text = String::new();
     let mut give = |piece: String| {
-        if !piece.is_empty() {
-            on_text(&piece);
-            text.push_str(&piece);
+        if piece.is_empty() {
+            return ControlFlow::Continue(());
         }
+        text.push_str(&piece);
+        on_text(&piece)
     };
     let run = tokens(decoder, prompt, options, |id| match stream.push(id) {
         Ok(piece) => give(piece),
-        Err(error) => torn = torn.take().or(Some(error)),
+        Err(error) => {
+            torn = Some(error);
+            ControlFlow::Break(())
+        }
     })?;
     if let Some(error) = torn {
         return Err(Error::Text(error));
     }
-    give(stream.finish().map_err(Error::Text)?);
+    let _ = give(stream.finish().map_err(Error::Text)?);
     Ok(Report { text, ..run })
 }
 
-/// As [`generate`], without a tokenizer: `on_token` gets the ids, and the report's text is empty.
+/// As [`generate`], without a tokenizer: `on_token` gets the ids and may end it, and the
+/// report's text is empty.
 pub fn tokens<D: Decoder>(
     decoder: &mut D,
     prompt: &[i64],
     options: &Options,
-    mut on_token: impl FnMut(i64),
+    mut on_token: impl FnMut(i64) -> ControlFlow<()>,
 ) -> Result<Report, Error<D::Error>> {
     let mut sampler = Sampler::new(options.sampling)?;
     if prompt.is_empty() {
@@ -193,9 +201,12 @@ pub fn tokens<D: Decoder>(
         let last = output.logits.slice(ndarray::s![0, -1, ..]);
         let token = sampler.choose(&last, position)?;
         tokens.push(token);
-        on_token(token);
+        let go_on = on_token(token);
         if options.eos.contains(&token) {
             break Stop::EndOfText;
+        }
+        if go_on.is_break() {
+            break Stop::Asked;
         }
         // The last token's own step would compute logits nobody asked for.
         if tokens.len() < options.max_new_tokens && position + 1 < context_length {

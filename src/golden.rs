@@ -17,7 +17,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use skipgpt_passes::ir::{DType, ModuleId, ModuleKind};
+use skipgpt_passes::ir::DType;
 
 pub use self::check::{CheckOptions, Mode, check};
 pub use self::file::{FileError, MAX_BYTES};
@@ -189,15 +189,6 @@ impl Golden {
             .into_iter()
             .find(|dtype| dtype.to_string() == self.dtype)
     }
-}
-
-/// The module of a name such as `layers.3.mlp`.
-fn module(name: &str) -> Option<ModuleId> {
-    let (layer, kind) = name.strip_prefix("layers.")?.split_once('.')?;
-    let kind =
-        [ModuleKind::Attention, ModuleKind::Mlp].into_iter().find(|k| k.to_string() == kind)?;
-    let id = ModuleId { layer: layer.parse().ok()?, kind };
-    (id.to_string() == name).then_some(id)
 }
 
 /// Six decimals: enough to judge by, and the same text on machines that differ in the last bits.

@@ -10,7 +10,7 @@
 //! Whatever would make the directory compute something else than the file is refused by name.
 
 pub mod config;
-pub mod directory;
+mod directory;
 pub mod gguf;
 pub mod metadata;
 pub mod names;
@@ -21,17 +21,18 @@ pub mod tokenizer;
 pub mod weights;
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use skipgpt_passes::ir::DType;
 
 use config::{Config, WeightFacts};
-use directory::Staged;
 use gguf::Gguf;
 use metadata::Metadata;
 use weights::Entry;
 
+use crate::artifact::{self, staging::Staging};
 use crate::checkpoint;
 
 /// What to import, and how.
@@ -197,19 +198,28 @@ pub enum Error {
         /// What the checkpoint reader said.
         source: Box<checkpoint::Error>,
     },
+    /// A configuration for a file that has its own.
+    #[error("{}: a GGUF file states the model's configuration; leave --config out", path.display())]
+    Configured {
+        /// The input.
+        path: PathBuf,
+    },
     /// The output could not be made.
     #[error(transparent)]
-    Output(#[from] directory::Error),
+    Output(#[from] artifact::Error),
 }
 
 /// Reads `options.input` and writes the checkpoint directory `options.output`, whole or not at all.
 ///
-/// `progress` gets the bytes of tensors written so far and their total.
+/// `progress` gets the bytes of tensors written so far and their total, and may stop it.
 ///
 /// # Errors
 ///
 /// Whatever is wrong with the input, or cannot be written; the output is then as it was.
-pub fn import(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, Error> {
+pub fn import(
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+) -> Result<Report, Error> {
     let extension = options.input.extension().and_then(|extension| extension.to_str());
     match extension.map(str::to_ascii_lowercase).as_deref() {
         Some("gguf") => import_gguf(options, progress),
@@ -218,8 +228,14 @@ pub fn import(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<R
     }
 }
 
-fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, Error> {
+fn import_gguf(
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+) -> Result<Report, Error> {
     let path = || options.input.clone();
+    if options.config.is_some() {
+        return Err(Error::Configured { path: path() });
+    }
     let mut gguf =
         Gguf::open(&options.input).map_err(|source| Error::Gguf { path: path(), source })?;
     let metadata = Metadata(&gguf.metadata);
@@ -248,20 +264,20 @@ fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<
     ];
     files.extend(tokenizer.files);
 
-    let staged = Staged::begin(&options.output, options.force)?;
+    let staging = directory::begin(options, total)?;
     for (name, contents) in &files {
-        staged.write(name, contents.as_bytes())?;
+        staging.write(name, contents.as_bytes())?;
     }
     let name = "model.safetensors";
-    let mut out = staged.create(name)?;
+    let mut out = staging.create(name)?;
     let mut done = 0;
     weights::write(&mut gguf.file, &jobs.jobs, options.dtype, &mut out, &mut |bytes| {
         done += bytes;
-        progress(done, total);
+        progress(done, total)
     })
     .map_err(|source| Error::Weights { path: path(), source })?;
-    staged.close(name, out)?;
-    finish(staged, options, None)?;
+    out.finish().map_err(|error| staging.explain(name, error))?;
+    finish(staging, options, None)?;
 
     Ok(Report {
         output: options.output.clone(),
@@ -276,10 +292,10 @@ fn import_gguf(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<
 }
 
 /// Reads back what was written, as an export would, and puts it in its place.
-fn finish(staged: Staged, options: &Options, router: Option<&str>) -> Result<(), Error> {
-    let router = router.map(|name| staged.path().join(name));
+fn finish(staging: Staging, options: &Options, router: Option<&str>) -> Result<(), Error> {
+    let router = router.map(|name| staging.path().join(name));
     checkpoint::read(&checkpoint::Request {
-        model: Some(staged.path()),
+        model: Some(staging.path()),
         router: router.as_deref(),
         ..checkpoint::Request::default()
     })
@@ -287,7 +303,7 @@ fn finish(staged: Staged, options: &Options, router: Option<&str>) -> Result<(),
         path: options.input.clone(),
         source: Box::new(source),
     })?;
-    Ok(staged.finish()?)
+    Ok(staging.commit()?)
 }
 
 /// Turns a table of rotary divisors into the configuration that gives it.

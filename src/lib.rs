@@ -6,6 +6,7 @@ pub mod decoder;
 pub mod device;
 pub mod doctor;
 pub mod eval;
+pub mod file;
 pub mod generate;
 pub mod golden;
 pub mod import;

@@ -13,7 +13,14 @@ use tracing_subscriber::EnvFilter;
 
 use cli::{Cli, Command, Verdict};
 
+/// What keeps ONNX Runtime from writing down what it runs and where, and sending it to its maker.
+const TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+
 fn main() -> ExitCode {
+    if std::env::var_os(TELEMETRY).is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var(TELEMETRY, "1") };
+    }
     let filter = EnvFilter::try_from_env("SKIPGPT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match run(Cli::parse()) {
@@ -46,7 +53,9 @@ fn message(error: &anyhow::Error) -> String {
 }
 
 fn run(cli: Cli) -> anyhow::Result<Verdict> {
-    cli::screen::catch_interrupts()?;
+    if cli.command.stops_itself() {
+        cli::screen::catch_interrupts()?;
+    }
     cli::ranks::run(cli.command, say, |command, world| match command {
         Command::Import(arguments) => cli::import::run(arguments),
         Command::Train(command) => cli::train::run(&command, world),

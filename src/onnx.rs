@@ -73,8 +73,8 @@ pub struct Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Attention {
-    /// `GroupQueryAttention` for steps of one token a sequence, elementary operators for chunks. Past
-    /// and present may be one buffer.
+    /// `GroupQueryAttention` for steps of one token a sequence and for whole sequences, `MultiHeadAttention`
+    /// for other chunks in `f32`, elementary operators in half precision. Past and present may be one buffer.
     #[default]
     Grouped,
     /// Elementary operators alone: any head size, and `f32` on every provider.

@@ -4,6 +4,8 @@
 //! precision is another model, whose values may all differ; what can be said of it is how much worse
 //! it predicts, and how often it chooses alike.
 
+use std::ops::ControlFlow;
+
 use std::fmt;
 
 use ndarray::{ArrayView1, Axis};
@@ -119,11 +121,12 @@ pub fn own_texts<D: Decoder>(
     tokens: usize,
     seed: u64,
 ) -> Result<Vec<Vec<i64>>, generate::Error<D::Error>> {
+    let go_on = |_| ControlFlow::Continue(());
     let write = |(start, seed): (&Vec<i64>, u64)| {
         let sampling = Sampling::Random { temperature: 1.0, top_k: None, top_p: None, seed };
         let options =
             generate::Options { sampling, max_new_tokens: tokens, ..generate::Options::default() };
-        let written = generate::tokens(decoder, start, &options, |_| ())?.tokens;
+        let written = generate::tokens(decoder, start, &options, go_on)?.tokens;
         Ok([start.as_slice(), &written].concat())
     };
     starts.iter().zip(seed..).map(write).collect()

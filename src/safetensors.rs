@@ -113,6 +113,21 @@ pub struct Request<'a> {
     pub dtype: Option<DType>,
 }
 
+/// Whether `model` can be written in this format.
+///
+/// # Errors
+///
+/// [`Error::Tap`], [`Error::Architecture`] and [`Error::FirstAttention`].
+pub fn check(
+    model: Validated<'_>,
+    checkpoint: &Checkpoint,
+    dtype: Option<DType>,
+) -> Result<(), Error> {
+    let contents = Contents::of(model.model(), dtype, &mut checkpoint.sources.clone())?;
+    let path = checkpoint.directory.join(names::CONFIG);
+    config::rewrite(&path, model.model(), &contents).map(drop)
+}
+
 /// Writes the checkpoint; the directory appears only once everything in it is on the disk.
 ///
 /// # Errors

@@ -146,11 +146,6 @@ impl Tokenizer {
         }
     }
 
-    /// Whether the directory has a chat template.
-    pub fn has_template(&self) -> bool {
-        self.template.is_some()
-    }
-
     /// Ids after which a text is over; empty where no file states any.
     pub fn eos(&self) -> &[i64] {
         &self.eos

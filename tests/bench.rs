@@ -144,7 +144,7 @@ fn what_cannot_be_measured_is_refused_by_name() {
     assert!(refused(&[&dense, "--force-skip", "40"]).contains("no routers"));
     assert!(refused(&[&routed, "--force-skip", "101"]).contains("0 to 100 percent"));
     assert!(refused(&[&routed, "--rounds", "0"]).contains("--rounds is 0; expected at least 1"));
-    assert!(refused(&[&exports.path("nothing")]).contains("is not an artifact"));
+    assert!(refused(&[&exports.path("nothing")]).contains("No such file"));
     let (code, _, message) = run(&["bench", &dense, "--workload", "decode:1"]);
     assert_eq!(code, 2);
     assert!(message.contains("decode:SEQUENCES:CACHED"), "{message}");

@@ -159,6 +159,105 @@ fn an_output_that_exists_is_kept() {
     assert_eq!(place.export("artifact", &["--force"]).0, 0);
 }
 
+/// What an export would refuse, a dry run refuses too, and writes nothing.
+#[test]
+fn a_dry_run_refuses_what_the_export_would() {
+    let place = Place::new();
+    assert_eq!(place.export("artifact", &[]).0, 0);
+    let same = |name: &str, more: &[&str]| {
+        let (code, _, message) = place.export(name, more);
+        let (dry_code, _, dry) = place.export(name, &[more, &["--dry-run"]].concat());
+        assert_eq!((code, dry_code), (2, 2), "{message}");
+        assert_eq!(message, dry);
+    };
+    same("artifact", &[]);
+    same("other", &["--sequences", "one", "--attention", "decomposed"]);
+    same("other", &["--dtype", "f16", "--weights", "link"]);
+    assert_eq!(place.export("other", &["--dry-run"]).0, 0);
+    assert!(!Path::new(&place.path("other")).exists());
+}
+
+/// What holds the weights is the plan's, and where something else is asked for, nobody is told otherwise.
+#[test]
+fn a_plan_of_another_precision_is_refused() {
+    let place = Place::new();
+    assert_eq!(place.export("floats", &[]).0, 0);
+    assert_eq!(place.export("codes", &["--dtype", "int4"]).0, 0);
+    let plan = |name: &str| format!("{}/manifest.json", place.path(name));
+    let refused = |plan: &str, more: &[&str]| {
+        let (code, _, message) = place.export("out", &[&["--plan", plan], more].concat());
+        assert_eq!(code, 2, "{message}");
+        message
+    };
+    let message = refused(&plan("floats"), &["--dtype", "int4"]);
+    assert_eq!(
+        message,
+        "error: --dtype int4: the plan of --plan has weights in floats; leave one of them out\n"
+    );
+    let message = refused(&plan("codes"), &["--dtype", "int8"]);
+    assert!(
+        message.contains("--dtype int8: the plan of --plan has weights in 4 bits"),
+        "{message}"
+    );
+    let message = refused(&plan("codes"), &["--format", "safetensors"]);
+    assert!(message.contains("--format safetensors holds floats"), "{message}");
+    assert_eq!(place.export("out", &["--plan", &plan("codes"), "--dtype", "int4"]).0, 0);
+}
+
+/// Hours of work are not begun whose result could not be written, and no other prompts stand in for those
+/// that a file lacks.
+#[test]
+fn files_that_cannot_serve_are_refused_at_once() {
+    let place = Place::new();
+    assert_eq!(place.export("artifact", &[]).0, 0);
+    let (artifact, report) = (place.path("artifact"), place.path("missing/report.json"));
+    let message = refused(&["inspect", &artifact, "--json", &report]);
+    assert!(message.contains("/missing is no directory"), "{message}");
+    let prompts = place.path("prompts.txt");
+    std::fs::write(&prompts, "\n \n").unwrap();
+    let verify = ["verify", &artifact, "--model", &place.model, "--router", &place.router];
+    let message = refused(&[&verify[..], &["--prompts", &prompts]].concat());
+    assert_eq!(message, format!("error: {prompts}: holds no prompt; give one a line\n"));
+}
+
+/// ONNX Runtime keeps no record of what it runs, which it otherwise does in the user's cache.
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_is_written_down_about_a_run() {
+    let home = TempDir::new().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skipgpt-export"));
+    command.arg("doctor").env("HOME", home.path()).env_remove("XDG_CACHE_HOME");
+    let (_, report, told) = output(command.env_remove("ORT_DISABLE_TELEMETRY"));
+    assert!(report.contains("ONNX Runtime 1."), "{report}\n{told}");
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+}
+
+/// What would make every value differ is asked for, and not reported value by value.
+#[test]
+fn what_an_artifact_was_made_with_must_be_named() {
+    let place = Place::new();
+    let adapter = text(&fixture("llama-gqa").join("adapter"));
+    assert_eq!(place.export("adapted", &["--adapter", &adapter]).0, 0);
+    let output = place.path("dense");
+    succeeds(&["export", "--model", &place.model, "--output", &output]);
+    let verify = |name: &str, more: &[&str]| {
+        let artifact = place.path(name);
+        let message = refused(&[&["verify", &artifact, "--model", &place.model], more].concat());
+        message.replace(&artifact, name)
+    };
+    let router = ["--router", &place.router];
+    assert_eq!(
+        verify("adapted", &[]),
+        "error: adapted: was made with routers; name them with --router\n"
+    );
+    let message = verify("adapted", &router);
+    assert!(message.contains("adapter_config.json; name the adapter with --adapter"), "{message}");
+    assert_eq!(
+        verify("dense", &router),
+        "error: dense: was made without routers; leave --router out\n"
+    );
+}
+
 /// The linker took jemalloc's `malloc`, and jemalloc found the settings.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
@@ -235,4 +334,12 @@ fn a_safetensors_export_is_a_checkpoint_again() {
     let verify = ["verify", &artifact, "--model", &merged, "--router", &router];
     let report = succeeds(&[&verify[..], &["--greedy-tokens", "4"]].concat());
     assert!(report.contains("verified: "), "{report}");
+
+    // It is no graph, and its routers are used where they are named.
+    let message = refused(&["verify", &merged, "--model", &merged, "--router", &router]);
+    assert!(message.contains("merged: holds no graph to run"), "{message}");
+    let dense = place.path("dense");
+    let (code, _, told) = run(&["export", "--model", &merged, "--output", &dense]);
+    assert_eq!(code, 0, "{told}");
+    assert!(told.contains("router.safetensors: is not used; name it with --router"), "{told}");
 }

@@ -2,6 +2,7 @@
 //! and against the reference; and the text of everything on the way, in `fixtures/golden`.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use expect_test::expect_file;
@@ -199,7 +200,8 @@ fn check_oracle(case: &str, variant: Variant, exported: &Exported) {
     let (prompt, rest) = greedy.view().split_at(ndarray::Axis(1), 6);
     let options = generate::Options { max_new_tokens: rest.len(), ..Default::default() };
     let prompt: Vec<i64> = prompt.iter().copied().collect();
-    let report = generate::tokens(&mut decoder, &prompt, &options, |_| ()).unwrap();
+    let report =
+        generate::tokens(&mut decoder, &prompt, &options, |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(report.tokens, rest.iter().copied().collect::<Vec<_>>(), "{place}: greedy text");
 }
 

@@ -7,6 +7,7 @@ mod good;
 mod pth;
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use skipgpt_export::import::{Error, Options, Report, import};
@@ -29,7 +30,7 @@ fn run(place: &TempDir, change: impl FnOnce(&mut Options)) -> Result<Report, Err
     let mut options = Options::new("", &output);
     change(&mut options);
     let existed = output.exists();
-    let result = import(&options, &mut |_, _| {});
+    let result = import(&options, &mut |_, _| ControlFlow::Continue(()));
     let left: Vec<_> = fs::read_dir(place.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name())

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use ndarray::{Array2, Array3, Array4, array};
@@ -394,7 +395,8 @@ fn generation_runs_on_the_cache() {
     let session = open(Tiny::Routing, &Options::default());
     let mut decoder = OnnxDecoder::new(session, modules()).unwrap();
     let options = generate::Options { max_new_tokens: 4, ..generate::Options::default() };
-    let report = generate::tokens(&mut decoder, &[0, 0], &options, |_| ()).unwrap();
+    let report =
+        generate::tokens(&mut decoder, &[0, 0], &options, |_| ControlFlow::Continue(())).unwrap();
     // Zeros give equal logits, of which the first wins.
     assert_eq!(report.tokens, [0; 4]);
     let skipped = report.decode_skipped.unwrap();

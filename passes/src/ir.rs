@@ -493,6 +493,18 @@ impl fmt::Display for ModuleKind {
     }
 }
 
+impl ModuleId {
+    /// The module that is written `text`: `layers.3.mlp`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (layer, kind) = text.strip_prefix("layers.")?.split_once('.')?;
+        let mut kinds = [ModuleKind::Attention, ModuleKind::Mlp].into_iter();
+        let kind = kinds.find(|known| known.to_string() == kind)?;
+        let id = Self { layer: layer.parse().ok()?, kind };
+        // `+3` and `03` parse as numbers and are not how a module is written.
+        (id.to_string() == text).then_some(id)
+    }
+}
+
 impl fmt::Display for ModuleId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "layers.{}.{}", self.layer, self.kind)

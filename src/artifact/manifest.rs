@@ -324,7 +324,7 @@ impl Manifest {
         }
         let path = directory.join(names::MANIFEST);
         let bytes = fs::read(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory if directory.exists() => {
                 Error::NotAnArtifact(directory.to_path_buf())
             }
             _ => Error::io("read", &path, error),

@@ -1,8 +1,8 @@
 //! A directory that appears whole or not at all.
 //!
-//! Everything is written into a hidden sibling, `.NAME.partial-PID`, then synced and renamed.
+//! Everything is written into a hidden sibling, `.NAME.partial-PID-N`, then synced and renamed.
 //! Whoever is interrupted by an error removes the sibling on the way out. A killed process cannot:
-//! its sibling stays until the next export to the same path, which knows by the lock each living
+//! its sibling stays until the next directory is made at the same path, which knows by the lock each living
 //! writer holds on its directory that nobody works there any more.
 
 use std::ffi::{OsStr, OsString};
@@ -24,13 +24,16 @@ const SETTLED: Duration = Duration::from_mins(1);
 /// How output files are created; tests put a full disk here.
 pub type Open = fn(&Path) -> io::Result<File>;
 
+/// Refuses what must not be replaced.
+pub type Replaceable = fn(&Path) -> Result<(), Error>;
+
 /// A directory in the making. Dropped before [`Staging::commit`], it leaves nothing.
 #[derive(Debug)]
 pub struct Staging {
     target: PathBuf,
     partial: PathBuf,
     parent: PathBuf,
-    force: bool,
+    replace: Option<Replaceable>,
     needed: u64,
     open: Open,
     /// Keeps the lock that tells this directory from a dead process's.
@@ -45,19 +48,18 @@ impl Staging {
     /// [`Error::Exists`] without `force`; with it, [`Error::NotReplaceable`] for anything but an
     /// empty directory or one that holds an earlier export and nothing else.
     pub fn begin(target: &Path, force: bool) -> Result<Self, Error> {
-        Self::begin_with(target, force, |path| File::create_new(path))
+        let replace: Option<Replaceable> = force.then_some(manifest::replaceable);
+        Self::begin_with(target, replace, |path| File::create_new(path))
     }
 
-    /// [`Staging::begin`] with another way to create files.
-    pub fn begin_with(target: &Path, force: bool, open: Open) -> Result<Self, Error> {
-        let mut target = target.to_path_buf();
-        if target.symlink_metadata().is_ok() {
-            if !force {
-                return Err(Error::Exists(target));
-            }
-            target = target.canonicalize().map_err(|e| Error::io("resolve", &target, e))?;
-            manifest::replaceable(&target)?;
-        }
+    /// [`Staging::begin`] for directories of other kinds, which say what they may replace, and with
+    /// another way to create files.
+    pub fn begin_with(
+        target: &Path,
+        replace: Option<Replaceable>,
+        open: Open,
+    ) -> Result<Self, Error> {
+        let target = free(target, replace)?;
         let name = target.file_name().ok_or_else(|| Error::NoName(target.clone()))?.to_owned();
         let parent = match target.parent() {
             Some(parent) if parent != Path::new("") => parent.to_path_buf(),
@@ -65,7 +67,12 @@ impl Staging {
         };
         remove_abandoned(&parent, &name);
         let (partial, lock) = create_partial(&parent, &name)?;
-        Ok(Self { target, partial, parent, force, needed: 0, open, _lock: lock })
+        Ok(Self { target, partial, parent, replace, needed: 0, open, _lock: lock })
+    }
+
+    /// Where it is being filled.
+    pub fn path(&self) -> &Path {
+        &self.partial
     }
 
     /// Checks that the disk has room for `bytes`, and remembers them for later messages.
@@ -81,9 +88,12 @@ impl Staging {
         }
     }
 
-    /// Starts the file `name`.
+    /// Starts the file `name`, which may lie in a directory of the directory.
     pub fn create(&self, name: &str) -> Result<Output, Error> {
         let path = self.partial.join(name);
+        if let Some(parent) = path.parent().filter(|parent| *parent != self.partial) {
+            fs::create_dir_all(parent).map_err(|e| self.explain(name, e))?;
+        }
         let file = (self.open)(&path).map_err(|e| self.explain(name, e))?;
         Ok(Output::new(name, file))
     }
@@ -135,11 +145,12 @@ impl Staging {
     /// [`Error::Exists`] if something took the name meanwhile.
     pub fn commit(self) -> Result<(), Error> {
         sync_directory(&self.partial)?;
-        if self.force && self.target.symlink_metadata().is_ok() {
-            manifest::replaceable(&self.target)?;
-            self.exchange()?;
-        } else {
-            self.rename()?;
+        match self.replace {
+            Some(replaceable) if self.target.symlink_metadata().is_ok() => {
+                replaceable(&self.target)?;
+                self.exchange()?;
+            }
+            _ => self.rename()?,
         }
         sync_directory(&self.parent)
         // Dropping `self` removes what now lies under the partial name: the replaced artifact,
@@ -189,6 +200,17 @@ impl Drop for Staging {
         // Nothing useful can be done if this fails too; the next export tries again.
         let _ = fs::remove_dir_all(&self.partial);
     }
+}
+
+/// Where `target` is to stand, if it may.
+pub(super) fn free(target: &Path, replace: Option<Replaceable>) -> Result<PathBuf, Error> {
+    if target.symlink_metadata().is_err() {
+        return Ok(target.to_path_buf());
+    }
+    let Some(replaceable) = replace else { return Err(Error::Exists(target.to_path_buf())) };
+    let target = target.canonicalize().map_err(|e| Error::io("resolve", target, e))?;
+    replaceable(&target)?;
+    Ok(target)
 }
 
 fn partial_prefix(name: &OsStr) -> OsString {

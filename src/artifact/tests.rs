@@ -311,7 +311,7 @@ fn what_a_dead_process_left_is_removed() {
 fn inputs_outside_the_checkpoint_are_named_without_their_folders() {
     let paths = ["/models/a/config.json", "/b/router.pth", "/c/adapter/x", "/d/adapter/x"];
     let paths = paths.map(PathBuf::from);
-    let names = write::relative_names(&paths, Path::new("/models/a"));
+    let names = inputs::relative_names(&paths, Path::new("/models/a"));
     assert_eq!(names, ["config.json", "router.pth", "x", "adapter/x"]);
 }
 

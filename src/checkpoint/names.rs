@@ -20,7 +20,7 @@ pub(crate) const NORM: &str = "model.norm.weight";
 /// Language-model head, without `.weight`.
 pub(crate) const HEAD: &str = "lm_head";
 /// What PEFT puts before every name of the model it wraps.
-const PEFT_PREFIX: &str = "base_model.model.";
+pub(crate) const PEFT_PREFIX: &str = "base_model.model.";
 
 /// What a tensor is, by its name.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,7 +21,7 @@ use serde::de::{Deserialize, Deserializer, IntoDeserializer, MapAccess, Visitor,
 use super::files;
 
 /// Most bytes a header may have: the format's own limit.
-pub const HEADER_LIMIT: u64 = 100_000_000;
+const HEADER_LIMIT: u64 = 100_000_000;
 /// Bytes of the header's size.
 const PREFIX: u64 = 8;
 

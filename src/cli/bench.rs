@@ -23,7 +23,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "ARTIFACT")]
     baseline: Option<PathBuf>,
     /// decode:SEQUENCES:CACHED, prefill:TOKENS or mixed:PROMPT:NEW
-    /// [default: decode:1:128 prefill:256, and mixed:256:128 with --text]
+    /// [default: decode:1:128,prefill:256 and, with --text, mixed:256:128]
     #[arg(long = "workload", value_name = "WORKLOAD", value_delimiter = ',')]
     workloads: Vec<Workload>,
     /// Every workload: 1, 4 and 8 sequences, up to 4,096 cached, prefill up to 1,024
@@ -73,11 +73,18 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     report: ReportArguments,
     /// Also write the report as comma-separated values
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = super::destination())]
     csv: Option<PathBuf>,
     /// Print the peak memory of this process after this workload of one artifact
     #[arg(long, value_name = "WORKLOAD", hide = true)]
     peak_memory: Option<Workload>,
+}
+
+impl Arguments {
+    /// Whether this process is measured by another one.
+    pub(crate) const fn is_measured(&self) -> bool {
+        self.peak_memory.is_some()
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
@@ -119,20 +126,35 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     })?;
     bar.finish_and_clear();
     if !arguments.no_memory {
-        for workload in &request.workloads {
-            for source in &all {
-                if let Some(bytes) = peak_of(arguments, &source.directory, *workload)? {
-                    report.note_memory(&source.directory, *workload, bytes);
-                }
-            }
-        }
+        note_memory(arguments, &request.workloads, &all, &mut report);
     }
+    screen::report(&report, &arguments.report)?;
     if let Some(path) = &arguments.csv {
         let text = report.to_csv();
         screen::write_file(path, |file| file.write_all(text.as_bytes()))?;
     }
-    screen::report(&report, &arguments.report)?;
     Ok(Verdict::Holds)
+}
+
+/// Adds what memory each artifact takes for each workload. Times are not given up for want of it.
+fn note_memory(
+    arguments: &Arguments,
+    workloads: &[Workload],
+    sources: &[&Source],
+    report: &mut bench::Report,
+) {
+    for workload in workloads {
+        for source in sources {
+            if screen::go_on().is_break() {
+                return;
+            }
+            match peak_of(arguments, &source.directory, *workload) {
+                Ok(Some(bytes)) => report.note_memory(&source.directory, *workload, bytes),
+                Ok(None) => {}
+                Err(error) => tracing::warn!("{error:#}"),
+            }
+        }
+    }
 }
 
 fn session(arguments: &Arguments) -> session::Options {

@@ -20,7 +20,7 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     read: ReadArguments,
     /// The file to write
-    #[arg(short, long, value_name = "FILE", default_value = "importance.safetensors")]
+    #[arg(short, long, value_name = "FILE", value_parser = super::destination(), default_value = "importance.safetensors")]
     output: PathBuf,
 }
 

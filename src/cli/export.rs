@@ -8,12 +8,14 @@ use clap::{Args, ValueEnum};
 use skipgpt_export::artifact::{self, manifest};
 use skipgpt_export::checkpoint::Checkpoint;
 use skipgpt_export::decoder::{Logits, Sequences};
+use skipgpt_export::onnx::graph::Graph;
 use skipgpt_export::profile;
 use skipgpt_export::{importance, inspect, onnx, plan, safetensors};
-use skipgpt_passes::ir::{Config, Dispatch, Model};
+use skipgpt_passes::ir::{Config, DType, Dispatch, Model};
 use skipgpt_passes::plan::Plan;
 use skipgpt_passes::prune_modules::PruneModules;
 use skipgpt_passes::quantization::Method;
+use skipgpt_passes::validate::Validated;
 use skipgpt_passes::{PASSES, Pass, registry, validate};
 
 use super::precision::{PrecisionArgument, PrecisionArguments};
@@ -53,7 +55,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SHARE")]
     always_above: Option<f64>,
     /// Apply the plan of this file (a plan, or another artifact's manifest) in place of the options
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "provider", "profile", "prune_below", "always_above"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dispatch", "profile", "prune_below", "always_above"])]
     plan: Option<PathBuf>,
     /// Write the weights, or share the checkpoint's own file where nothing changes
     #[arg(long, value_enum, default_value_t = WeightsArgument::Copy)]
@@ -74,7 +76,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIR")]
     dump_ir: Option<PathBuf>,
     /// Print the IR after this pass and stop
-    #[arg(long, value_name = "PASS")]
+    #[arg(long, value_name = "PASS", conflicts_with = "json")]
     stop_after: Option<String>,
     /// Read, check and plan everything, and write nothing
     #[arg(long)]
@@ -193,6 +195,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let of_graphs = [
         ("--logits last", arguments.logits == LogitsArgument::Last),
         ("--sequences one", arguments.sequences == SequencesArgument::One),
+        ("--emit-routing", arguments.emit_routing),
     ];
     if arguments.format == FormatArgument::Safetensors
         && let Some((option, _)) = of_graphs.iter().find(|(_, given)| *given)
@@ -200,6 +203,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         bail!("{option}: --format safetensors holds no graph; it is for ONNX");
     }
     let mut checkpoint = sources::checkpoint(&arguments.checkpoint)?;
+    let router = checkpoint.directory.join(safetensors::ROUTERS);
+    if arguments.checkpoint.router.is_none() && router.is_file() {
+        tracing::warn!("{}: is not used; name it with --router to skip", router.display());
+    }
     let plan = planned(arguments, &checkpoint)?;
     if let Some(path) = &arguments.importance {
         if plan.quantization.is_none_or(|q| q.scheme.method != Method::Search) {
@@ -219,7 +226,23 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         return Ok(Verdict::Holds);
     }
     let names: Vec<&str> = passes.iter().map(|pass| pass.name()).collect();
+    let of_checkpoint = (arguments.precision.dtype != PrecisionArgument::F32)
+        .then_some(arguments.precision.float());
+    let graph = match arguments.format {
+        FormatArgument::Safetensors => None,
+        FormatArgument::Onnx => {
+            let options = onnx::Options {
+                dtype: arguments.precision.float(),
+                emit_routing: arguments.emit_routing,
+                attention,
+                logits: arguments.logits.into(),
+                sequences: arguments.sequences.into(),
+            };
+            Some(onnx::lower(validate(&model)?, options)?)
+        }
+    };
     let Some(output) = arguments.output.as_deref().filter(|_| !arguments.dry_run) else {
+        check(arguments, &checkpoint, graph.as_ref(), validate(&model)?, of_checkpoint)?;
         let report = inspect::Report::of_model(&model, Some(&plan), &names);
         screen::report(&report, &arguments.report)?;
         return Ok(Verdict::Holds);
@@ -230,32 +253,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         bar.set_position(progress.done);
         screen::go_on()
     };
-    match arguments.format {
-        FormatArgument::Onnx => {
-            let options = onnx::Options {
-                dtype: arguments.precision.float(),
-                emit_routing: arguments.emit_routing,
-                attention,
-                logits: arguments.logits.into(),
-                sequences: arguments.sequences.into(),
-            };
-            let graph = onnx::lower(validate(&model)?, options)?;
+    match &graph {
+        Some(graph) => {
             artifact::write(
                 &artifact::Request {
                     output,
                     force: arguments.force,
                     model: &model,
-                    graph: &graph,
+                    graph,
                     checkpoint: &checkpoint,
                     plan: &plan,
                     passes: &names,
                     options: recorded(arguments, attention),
-                    min_onnxruntime: onnx::minimum_onnxruntime(&graph),
+                    min_onnxruntime: onnx::minimum_onnxruntime(graph),
                 },
                 &mut progress,
             )?;
         }
-        FormatArgument::Safetensors => {
+        None => {
             safetensors::write(
                 &safetensors::Request {
                     output,
@@ -265,8 +280,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
                     plan: &plan,
                     passes: &names,
                     options: recorded(arguments, attention),
-                    dtype: (arguments.precision.dtype != PrecisionArgument::F32)
-                        .then_some(arguments.precision.float()),
+                    dtype: of_checkpoint,
                 },
                 &mut progress,
             )?;
@@ -280,18 +294,42 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     Ok(Verdict::Holds)
 }
 
+/// Refuses what the export would, as far as that can be told without writing.
+fn check(
+    arguments: &Arguments,
+    checkpoint: &Checkpoint,
+    graph: Option<&Graph>,
+    model: Validated<'_>,
+    dtype: Option<DType>,
+) -> Result<()> {
+    if let Some(output) = &arguments.output {
+        artifact::check_output(output, arguments.force, checkpoint)?;
+    }
+    match graph {
+        None => safetensors::check(model, checkpoint, dtype)?,
+        Some(graph) if arguments.weights == WeightsArgument::Link => {
+            artifact::check_links(graph, checkpoint)?;
+        }
+        Some(_) => {}
+    }
+    Ok(())
+}
+
 fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
     let link = arguments.weights == WeightsArgument::Link;
     if let Some(path) = &arguments.plan {
         if let Some(option) = arguments.precision.first_option() {
             bail!("--{option}: the plan of --plan says how weights are quantised");
         }
-        return Ok(artifact::manifest::read_plan(path)?);
+        let plan = artifact::manifest::read_plan(path)?;
+        arguments
+            .precision
+            .agrees(plan.quantization.map(|quantization| quantization.scheme.bits))?;
+        holds_floats(arguments, plan.quantization.is_some())?;
+        return Ok(plan);
     }
     let quantization = arguments.precision.quantization()?;
-    if quantization.is_some() && arguments.format == FormatArgument::Safetensors {
-        bail!("--format safetensors holds floats; --dtype int8 and int4 are for ONNX");
-    }
+    holds_floats(arguments, quantization.is_some())?;
     let profile = arguments.profile.as_deref().map(profile::read::read).transpose()?;
     let choices = plan::Choices {
         dispatch: arguments.dispatch.dispatch(),
@@ -303,6 +341,13 @@ fn planned(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<Plan> {
         always_above: arguments.always_above,
     };
     Ok(plan::build(&checkpoint.model, choices, profile.as_ref())?)
+}
+
+fn holds_floats(arguments: &Arguments, quantized: bool) -> Result<()> {
+    if quantized && arguments.format == FormatArgument::Safetensors {
+        bail!("--format safetensors holds floats; weights in 4 and 8 bits are for ONNX");
+    }
+    Ok(())
 }
 
 /// Runs the passes, showing the IR where that was asked for.

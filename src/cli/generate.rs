@@ -1,5 +1,6 @@
 //! `generate`: text out of an artifact.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -44,7 +45,7 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     runtime: RuntimeArguments,
     /// Write the report as JSON; `-` for standard output, in place of the text
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = super::destination())]
     json: Option<PathBuf>,
 }
 
@@ -84,6 +85,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
         if !quiet && shown.is_ok() {
             shown = screen::print(text);
         }
+        // A file of the whole text is still wanted when nobody reads it here.
+        if arguments.json.is_none() { screen::is_read() } else { ControlFlow::Continue(()) }
     })?;
     shown?;
     match &arguments.json {

@@ -28,7 +28,7 @@ pub(crate) struct RecordArguments {
     #[arg(long, value_name = "FILE")]
     prompts: PathBuf,
     /// The golden file to write
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_parser = super::destination())]
     output: PathBuf,
     /// Tokens to generate after each prompt
     #[arg(long, value_name = "N", default_value_t = 32)]
@@ -50,7 +50,7 @@ pub(crate) struct CheckArguments {
     #[arg(long)]
     exact: bool,
     /// Write the result as JUnit XML, one test case a prompt
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = super::destination())]
     junit: Option<PathBuf>,
     #[command(flatten)]
     runtime: RuntimeArguments,
@@ -75,6 +75,7 @@ fn record(arguments: &RecordArguments) -> Result<Verdict> {
     let opened = Opened::new(&arguments.artifact, &arguments.runtime)?;
     let options = RecordOptions {
         tokens: arguments.max_new_tokens,
+        tolerances: opened.tolerances,
         ..RecordOptions::new(opened.artifact, opened.environment, opened.dtype)
     };
     let bar = screen::count("recording");
@@ -99,7 +100,7 @@ fn check(arguments: &CheckArguments) -> Result<Verdict> {
     let tokenized = texts.map(|text| tokenizer.encode(text, true)).collect::<Result<_, _>>()?;
     let options = CheckOptions {
         mode: if arguments.exact { Mode::Exact } else { Mode::Tolerant },
-        tolerances: Tolerances::of(opened.dtype),
+        tolerances: opened.tolerances,
         artifact: opened.artifact,
         environment: opened.environment,
         tokenized: Some(tokenized),
@@ -111,10 +112,10 @@ fn check(arguments: &CheckArguments) -> Result<Verdict> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
+    screen::report(&report, &arguments.report)?;
     if let Some(path) = &arguments.junit {
         screen::write_file(path, |file| golden::junit(&report, file))?;
     }
-    screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
 }
 
@@ -124,6 +125,7 @@ struct Opened {
     artifact: golden::Artifact,
     environment: Environment,
     dtype: DType,
+    tolerances: Tolerances,
 }
 
 impl Opened {
@@ -135,6 +137,8 @@ impl Opened {
         let mut options = sources::session_options(arguments);
         options.threads = Some(threads);
         let decoder = Watched::open(&artifact, &runtime, &options)?;
+        let dtype = artifact.manifest.options.dtype;
+        let scheme = artifact.manifest.plan.quantization.map(|quantization| quantization.scheme);
         let outputs = artifact.manifest.outputs.iter();
         let sha256 = outputs.map(|file| (file.name.clone(), file.sha256.clone())).collect();
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -146,7 +150,8 @@ impl Opened {
                 provider: options.provider.name().to_owned(),
                 threads,
             },
-            dtype: artifact.manifest.options.dtype,
+            dtype,
+            tolerances: Tolerances::with_scheme(dtype, scheme.as_ref()),
         })
     }
 }

@@ -49,6 +49,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<Verdict> {
     let report = import::import(&options, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
+        screen::go_on()
     })?;
     bar.finish_and_clear();
     screen::report(&report, &arguments.report)?;

@@ -16,7 +16,7 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     checkpoint: CheckpointArguments,
     /// Print the checkpoint's IR, as imported
-    #[arg(long, conflicts_with = "artifact")]
+    #[arg(long, conflicts_with_all = ["artifact", "json"])]
     ir: bool,
     #[command(flatten)]
     report: ReportArguments,

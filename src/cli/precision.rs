@@ -99,6 +99,27 @@ impl PrecisionArguments {
         Ok(Some(Quantization { scheme, embedding: !self.float_embedding, head: !self.float_head }))
     }
 
+    /// Refuses a plan with weights in `bits`, or in floats, where another precision was asked for.
+    pub(crate) fn agrees(&self, bits: Option<Bits>) -> Result<()> {
+        let asked = match self.dtype {
+            PrecisionArgument::F32 => return Ok(()),
+            PrecisionArgument::F16 | PrecisionArgument::Bf16 => None,
+            PrecisionArgument::Int8 => Some(Bits::Eight),
+            PrecisionArgument::Int4 => Some(Bits::Four),
+        };
+        if asked == bits {
+            return Ok(());
+        }
+        let held = match bits {
+            None => "in floats",
+            Some(Bits::Four) => "in 4 bits",
+            Some(Bits::Eight) => "in 8 bits",
+        };
+        let value = self.dtype.to_possible_value();
+        let name = value.as_ref().map_or("", clap::builder::PossibleValue::get_name);
+        bail!("--dtype {name}: the plan of --plan has weights {held}; leave one of them out")
+    }
+
     /// An option that only quantised weights have, if one was given.
     pub(crate) fn first_option(&self) -> Option<&'static str> {
         let given = [

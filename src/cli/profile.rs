@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     read: ReadArguments,
     /// The profile to write
-    #[arg(short, long, value_name = "FILE", default_value = "profile.json")]
+    #[arg(short, long, value_name = "FILE", value_parser = super::destination(), default_value = "profile.json")]
     output: PathBuf,
 }
 

@@ -10,10 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use skipgpt_export::file;
 
 use super::ReportArguments;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the reader of standard output has gone away.
+static UNREAD: AtomicBool = AtomicBool::new(false);
 
 /// Whether another process shows what goes on.
 static SILENT: AtomicBool = AtomicBool::new(false);
@@ -21,8 +25,8 @@ static SILENT: AtomicBool = AtomicBool::new(false);
 /// The exit code of a process ended by Ctrl-C.
 const INTERRUPT_EXIT_CODE: i32 = 130;
 
-/// From now on the first Ctrl-C asks long operations to clean up and stop, and the second ends the
-/// process at once.
+/// From now on the first Ctrl-C asks the operation to clean up and stop, and the second ends the process at
+/// once: for commands that ask [`go_on`]. Others have nothing to clean up, and end as any process does.
 pub(crate) fn catch_interrupts() -> Result<()> {
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
@@ -82,11 +86,17 @@ pub(crate) fn print(text: &str) -> Result<()> {
     }
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            UNREAD.store(true, Ordering::Relaxed);
+            Ok(())
         }
-        _ => Ok(()),
+        written => written.context("cannot write to standard output"),
     }
+}
+
+/// Whether standard output is read, as far as is known.
+pub(crate) fn is_read() -> ControlFlow<()> {
+    if UNREAD.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
 /// Tells a person what goes on, where a person is likely to read it.
@@ -101,7 +111,8 @@ pub(crate) fn note(text: impl Display) {
     }
 }
 
-/// Shows a report, as text and as JSON, as asked.
+/// Shows a report, as text and as JSON, as asked; as text first, so that it is seen even if its file
+/// cannot be written.
 pub(crate) fn report(report: &(impl Serialize + Display), to: &ReportArguments) -> Result<()> {
     if silent() {
         return Ok(());
@@ -110,8 +121,8 @@ pub(crate) fn report(report: &(impl Serialize + Display), to: &ReportArguments) 
         None => line(report),
         Some(path) if path == Path::new("-") => line(serde_json::to_string_pretty(report)?),
         Some(path) => {
-            write_json(path, report)?;
-            line(report)
+            line(report)?;
+            write_json(path, report)
         }
     }
 }
@@ -130,20 +141,10 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     write_file(path, |file| file.write_all(text.as_bytes()))
 }
 
-/// Writes a file beside its place and moves it there; a device or a pipe is written as it is.
+/// Writes a file, whole or not at all.
 pub(crate) fn write_file(
     path: &Path,
     fill: impl FnOnce(&mut File) -> io::Result<()>,
 ) -> Result<()> {
-    let special = path.metadata().is_ok_and(|found| !found.is_file());
-    let partial = if special { path.to_owned() } else { path.with_extension("partial") };
-    let written = File::create(&partial).and_then(|mut file| {
-        fill(&mut file)?;
-        if special {
-            return Ok(());
-        }
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    });
-    written.with_context(|| format!("{}: cannot be written", path.display()))
+    file::write(path, fill).with_context(|| format!("{}: cannot be written", path.display()))
 }

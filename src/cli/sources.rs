@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use skipgpt_export::artifact::{self, Artifact};
 use skipgpt_export::checkpoint::{self, Checkpoint};
 use skipgpt_export::device::Compute;
@@ -94,7 +94,12 @@ pub(crate) fn tokens(tokenizer: &Tokenizer, files: &[PathBuf]) -> Result<Vec<u32
 /// The prompts of a text file, one a line, blank lines left out.
 pub(crate) fn prompts(path: &Path) -> Result<Vec<String>> {
     let text = read(path)?;
-    Ok(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect())
+    let lines = text.lines().filter(|line| !line.trim().is_empty());
+    let prompts: Vec<_> = lines.map(str::to_owned).collect();
+    if prompts.is_empty() {
+        bail!("{}: holds no prompt; give one a line", path.display());
+    }
+    Ok(prompts)
 }
 
 fn read(path: &Path) -> Result<String> {

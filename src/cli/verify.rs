@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use skipgpt_export::artifact::Artifact;
 use skipgpt_export::checkpoint::Checkpoint;
@@ -14,6 +14,7 @@ use skipgpt_export::text::Tokenizer;
 use skipgpt_export::tolerance::Tolerances;
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
+use skipgpt_passes::ir::Routing;
 use skipgpt_passes::prune_modules;
 
 use super::{
@@ -62,10 +63,11 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let artifact = sources::artifact(&arguments.artifact)?;
     let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
+    all_named(&artifact, &checkpoint)?;
     let prompts = match &arguments.prompts {
         Some(path) => {
-            let tokenizer = Tokenizer::open(&arguments.artifact)?;
             let prompts = sources::prompts(path)?;
+            let tokenizer = Tokenizer::open(&arguments.artifact)?;
             prompts.iter().map(|prompt| tokenizer.encode(prompt, true)).collect::<Result<_, _>>()?
         }
         None => Vec::new(),
@@ -76,6 +78,31 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     }
     screen::report(&report, &arguments.report)?;
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
+}
+
+/// That what the artifact was made with is named: without it every value would differ.
+fn all_named(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> {
+    let manifest = &artifact.manifest;
+    let layers = checkpoint.model.layers.iter();
+    let mut routings = layers.flat_map(|layer| layer.modules().map(|id| layer.routing(id.kind)));
+    let routed = routings.any(|routing| routing.is_some_and(Routing::is_routed));
+    let dense = manifest.plan.removed.is_empty() && manifest.plan.always.is_empty();
+    let directory = artifact.directory.display();
+    match (manifest.routing.routed.is_empty(), routed) {
+        (false, false) => bail!("{directory}: was made with routers; name them with --router"),
+        (true, true) if dense => bail!("{directory}: was made without routers; leave --router out"),
+        _ => {}
+    }
+    let is_adapter =
+        |name: &str| name.ends_with("adapter_config.json") || name.ends_with("lora.pth");
+    let recorded = manifest.inputs.iter().find(|record| is_adapter(&record.name));
+    let given = checkpoint.files.iter().any(|path| is_adapter(&path.to_string_lossy()));
+    match recorded {
+        Some(record) if !given => {
+            bail!("{directory}: was made with {}; name the adapter with --adapter", record.name)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The artifact against the reference of the same weights.

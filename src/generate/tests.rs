@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::convert::Infallible;
+use std::ops::ControlFlow;
 
 use ndarray::Array3;
 use skipgpt_passes::ir::ModuleId;
@@ -51,7 +52,11 @@ impl Decoder for Counter {
 fn run(options: &Options) -> (Report, Counter) {
     let mut decoder = Counter { past: 99, ..Counter::default() };
     let mut seen = Vec::new();
-    let report = tokens(&mut decoder, &[1, 2, 3], options, |id| seen.push(id)).unwrap();
+    let report = tokens(&mut decoder, &[1, 2, 3], options, |id| {
+        seen.push(id);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
     assert_eq!(report.tokens, seen);
     (report, decoder)
 }
@@ -110,9 +115,23 @@ fn a_seed_decides_and_top_1_is_greedy() {
 }
 
 #[test]
+fn whoever_reads_may_end_it() {
+    let mut decoder = Counter { past: 99, ..Counter::default() };
+    let options = Options { max_new_tokens: 9, ..Options::default() };
+    let report = tokens(&mut decoder, &[1, 2, 3], &options, |id| match id {
+        5 => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    let report = report.unwrap();
+    assert_eq!((report.tokens.as_slice(), report.stop), (&[4, 5][..], Stop::Asked));
+}
+
+#[test]
 fn what_makes_no_sense_is_refused() {
     let refused = |prompt: &[i64], options: &Options| {
-        tokens(&mut Counter::default(), prompt, options, |_| ()).unwrap_err().to_string()
+        tokens(&mut Counter::default(), prompt, options, |_| ControlFlow::Continue(()))
+            .unwrap_err()
+            .to_string()
     };
     let random = |temperature, top_k, top_p| Options {
         sampling: Sampling::Random { temperature, top_k, top_p, seed: 0 },
@@ -133,7 +152,7 @@ fn what_makes_no_sense_is_refused() {
 fn logits_that_are_no_numbers_are_refused() {
     let mut decoder = Counter { logit: Some(f32::NAN), ..Counter::default() };
     let options = Options { max_new_tokens: 1, ..Options::default() };
-    let error = tokens(&mut decoder, &[1, 2], &options, |_| ()).unwrap_err();
+    let error = tokens(&mut decoder, &[1, 2], &options, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, Error::NotFinite { position: 2 }), "{error}");
 }
 

@@ -6,9 +6,10 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use skipgpt_passes::ir::ModuleId;
 
 use super::format::Lines;
-use super::{Golden, ModuleDecisions, Prompt, VERSION, module};
+use super::{Golden, ModuleDecisions, Prompt, VERSION};
 
 /// Largest file that is read, in bytes.
 pub const MAX_BYTES: u64 = 256 << 20;
@@ -204,7 +205,7 @@ impl Prompt {
         let mut before = None;
         for (index, decisions) in self.routing.iter().flatten().enumerate() {
             let place = format!("{place}.routing[{index}]");
-            let id = module(&decisions.module);
+            let id = ModuleId::parse(&decisions.module);
             if id.is_none() || id <= before {
                 let found = decisions.module.clone();
                 return Err(FileError::Module { place, found });

@@ -14,7 +14,7 @@ use crate::tolerance::Tolerances;
 const NEAR: f32 = 10.0;
 
 /// What to record.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RecordOptions {
     /// Which artifact it is.
     pub artifact: Artifact,
@@ -22,6 +22,8 @@ pub struct RecordOptions {
     pub environment: Environment,
     /// What it computes in.
     pub dtype: DType,
+    /// Its bounds, of which the one for ties decides what is listed.
+    pub tolerances: Tolerances,
     /// Tokens to write after each prompt.
     pub tokens: usize,
     /// How many of the likeliest tokens to record in each place.
@@ -31,7 +33,8 @@ pub struct RecordOptions {
 impl RecordOptions {
     /// 32 tokens, the 5 likeliest in each place.
     pub fn new(artifact: Artifact, environment: Environment, dtype: DType) -> Self {
-        Self { artifact, environment, dtype, tokens: 32, top: 5 }
+        let tolerances = Tolerances::of(dtype);
+        Self { artifact, environment, dtype, tolerances, tokens: 32, top: 5 }
     }
 }
 
@@ -81,7 +84,7 @@ fn prompt<D: Decoder>(
     ids: &[i64],
     options: &RecordOptions,
 ) -> Result<Prompt, Error<D::Error>> {
-    let near = NEAR * Tolerances::of(options.dtype).tie_margin;
+    let near = NEAR * options.tolerances.tie_margin;
     let (mut greedy, mut tops) = (Vec::new(), Vec::new());
     let mut routing: Option<Vec<ModuleDecisions>> = None;
     artifact.reset();

@@ -5,6 +5,7 @@
 mod outside;
 
 use expect_test::{Expect, expect};
+use skipgpt_passes::ir::{ModuleId, ModuleKind};
 
 use super::*;
 use crate::random::draw;

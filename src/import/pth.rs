@@ -10,7 +10,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::BufWriter;
+use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core as candle;
@@ -18,9 +19,9 @@ use serde_json::Value;
 use skipgpt_passes::ir::DType;
 
 use super::config::dtype_name;
-use super::directory::Staged;
 use super::weights::{self, Entry};
-use super::{Options, Report, finish};
+use super::{Options, Report, directory, finish};
+use crate::artifact::staging::Staging;
 use crate::checkpoint::names::{self, Kind};
 use crate::checkpoint::pth::{self, Archive};
 
@@ -169,7 +170,7 @@ struct Named {
 /// Writes the checkpoint directory of `options.input`.
 pub fn import(
     options: &Options,
-    progress: &mut dyn FnMut(u64, u64),
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<Report, super::Error> {
     let path =
         options.config.as_deref().ok_or_else(|| Error::NoConfig { path: options.input.clone() })?;
@@ -181,22 +182,22 @@ pub fn import(
     let mut done = 0;
     let mut progress = |written| {
         done += written;
-        progress(done, bytes);
+        progress(done, bytes)
     };
 
-    let staged = Staged::begin(&options.output, options.force)?;
-    staged.write(CONFIG, format!("{config:#}\n").as_bytes())?;
+    let staging = directory::begin(options, bytes)?;
+    staging.write(CONFIG, format!("{config:#}\n").as_bytes())?;
     let mut files = vec![CONFIG.to_owned()];
-    files.extend(companions(path, &staged)?);
+    files.extend(companions(path, &staging)?);
     for (name, tensors) in [(MODEL, &base), (ROUTER, &routers)] {
         if !tensors.is_empty() {
-            let mut out = staged.create(name)?;
+            let mut out = staging.create(name)?;
             write(&archive, tensors, options, &mut out, &mut progress)?;
-            staged.close(name, out)?;
+            out.finish().map_err(|error| staging.explain(name, error))?;
             files.push(name.to_owned());
         }
     }
-    finish(staged, options, (!routers.is_empty()).then_some(ROUTER))?;
+    finish(staging, options, (!routers.is_empty()).then_some(ROUTER))?;
 
     Ok(Report {
         output: options.output.clone(),
@@ -231,13 +232,13 @@ fn config(path: &Path, dtype: DType) -> Result<Value, Error> {
 }
 
 /// Copies the files that lie beside the configuration.
-fn companions(config: &Path, staged: &Staged) -> Result<Vec<String>, super::Error> {
+fn companions(config: &Path, staging: &Staging) -> Result<Vec<String>, super::Error> {
     let mut copied = Vec::new();
     for name in COMPANIONS {
         let path = config.with_file_name(name);
         match fs::read(&path) {
             Ok(contents) => {
-                staged.write(name, &contents)?;
+                staging.write(name, &contents)?;
                 copied.push((*name).to_owned());
             }
             Err(source) if source.kind() == std::io::ErrorKind::NotFound => {}
@@ -291,8 +292,8 @@ fn write(
     archive: &Archive,
     tensors: &[Named],
     options: &Options,
-    out: &mut BufWriter<fs::File>,
-    progress: &mut dyn FnMut(u64),
+    out: &mut impl Write,
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<(), super::Error> {
     let wrap = |source| super::Error::Weights { path: options.input.clone(), source };
     let entries: Vec<Entry> = tensors.iter().map(|named| named.entry.clone()).collect();

@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::ops::ControlFlow;
 
 use half::{bf16, f16};
 use serde_json::{Map, json};
@@ -32,6 +33,9 @@ pub enum Error {
     /// Writing failed.
     #[error("cannot write the weights: {0}")]
     Write(#[from] std::io::Error),
+    /// Whoever watches the progress asked to stop.
+    #[error("interrupted")]
+    Interrupted,
     /// A value that the asked dtype cannot hold.
     #[error("tensor {name:?} holds {value}, which {dtype} cannot hold; import it as f32")]
     OutOfRange {
@@ -75,7 +79,7 @@ pub fn write(
     jobs: &[Job],
     dtype: DType,
     out: &mut impl Write,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<(), Error> {
     write_header(&entries(jobs, dtype), out)?;
     for job in jobs {
@@ -116,7 +120,7 @@ fn write_tensor(
     job: &Job,
     dtype: DType,
     out: &mut impl Write,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<(), Error> {
     // A bias is one row in the file, and as many rows as it has values where rows change places.
     let mut tensor = job.source.clone();
@@ -157,7 +161,7 @@ pub fn put(
     name: &str,
     dtype: DType,
     out: &mut impl Write,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<(), Error> {
     let mut bytes = Vec::with_capacity(values.len() * dtype.size());
     for &value in values {
@@ -182,8 +186,10 @@ pub fn put(
         }
     }
     out.write_all(&bytes)?;
-    progress(bytes.len() as u64);
-    Ok(())
+    match progress(bytes.len() as u64) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Interrupted),
+    }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub const IR_VERSION: i64 = 8;
 /// The version of the standard operators.
 pub const OPSET: i64 = 18;
 /// The version of the `com.microsoft` operators.
-pub const CONTRIB_OPSET: i64 = 1;
+const CONTRIB_OPSET: i64 = 1;
 /// The entry of `metadata_props` that says, `true` or `false`, whether a client may hand over one buffer
 /// as past and present, with room for more tokens than it holds.
 pub const SHARED_BUFFER: &str = "past_present_share_buffer";

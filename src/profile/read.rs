@@ -161,7 +161,7 @@ fn plausible(profile: &Profile) -> Result<(), Implausible> {
 /// A module's identity as text: `layers.3.mlp`.
 pub(super) mod id {
     use serde::{Deserialize, Deserializer, Serializer, de};
-    use skipgpt_passes::ir::{ModuleId, ModuleKind};
+    use skipgpt_passes::ir::ModuleId;
 
     /// As it is displayed.
     pub(crate) fn serialize<S: Serializer>(id: &ModuleId, to: S) -> Result<S::Ok, S::Error> {
@@ -171,19 +171,9 @@ pub(super) mod id {
     /// The reverse.
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<ModuleId, D::Error> {
         let text = String::deserialize(from)?;
-        parse(&text).ok_or_else(|| {
+        ModuleId::parse(&text).ok_or_else(|| {
             de::Error::invalid_value(de::Unexpected::Str(&text), &"a module such as layers.3.mlp")
         })
-    }
-
-    fn parse(text: &str) -> Option<ModuleId> {
-        let (layer, kind) = text.strip_prefix("layers.")?.split_once('.')?;
-        let kind = [ModuleKind::Attention, ModuleKind::Mlp]
-            .into_iter()
-            .find(|known| known.to_string() == kind)?;
-        let id = ModuleId { layer: layer.parse().ok()?, kind };
-        // `+3` and `03` parse as numbers and are not how a module is written.
-        (id.to_string() == text).then_some(id)
     }
 }
 

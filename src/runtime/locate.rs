@@ -137,7 +137,7 @@ pub struct Search {
     pub flag: Option<PathBuf>,
     /// `ORT_DYLIB_PATH`: likewise.
     pub environment: Option<PathBuf>,
-    /// Folders whose `target/runtime` may hold the library.
+    /// Folders whose `target/runtime` may hold the library: those above the program.
     pub roots: Vec<PathBuf>,
     /// Python interpreters to ask.
     pub pythons: Vec<PathBuf>,
@@ -149,10 +149,9 @@ impl Search {
     /// The places of this process; `flag` is what the command line names.
     pub fn of_process(flag: Option<&Path>) -> Self {
         let variable = |name| env::var_os(name).filter(|value| !value.is_empty());
-        let mut roots: Vec<PathBuf> = env::current_dir().into_iter().collect();
-        if let Ok(executable) = env::current_exe() {
-            roots.extend(executable.ancestors().skip(1).map(Path::to_owned));
-        }
+        // Never the current directory: what lies there is not of whoever installed the program.
+        let program = env::current_exe().unwrap_or_default();
+        let roots: Vec<PathBuf> = program.ancestors().skip(1).map(Path::to_owned).collect();
         let mut pythons = Vec::new();
         if let Some(environment) = variable("VIRTUAL_ENV") {
             let folder = if cfg!(windows) { "Scripts" } else { "bin" };

@@ -10,7 +10,8 @@ pub(super) use unwritten::Events;
 pub(super) use written::Events;
 
 /// The files' directory, in the run's.
-pub const DIRECTORY: &str = "tensorboard";
+#[cfg(feature = "tensorboard")]
+const DIRECTORY: &str = "tensorboard";
 
 /// Whether this build writes them.
 pub const AVAILABLE: bool = cfg!(feature = "tensorboard");

@@ -145,11 +145,11 @@ impl Network {
         let teacher = if objective.distill { Some(self.dense(batch)?) } else { None };
         let mut x = self.embed(batch).map_err(outside)?;
         let (mut inputs, mut graphs) = (Vec::new(), Vec::new());
-        let mut keeps = Vec::new();
+        let mut modules = Vec::new();
         for at in 0..self.parts.layers.len() {
             let graph = self.layer(at, &x, &step)?;
             for decision in &graph.decisions {
-                keeps.push(Kept {
+                modules.push(Module {
                     kept: kept(decision).map_err(self.place(at))?,
                     decisions: decision.margins.elem_count(),
                     weights: self.counts_as(at, decision.kind, Measure::Weights),
@@ -162,7 +162,7 @@ impl Network {
         let (loss, mut gradient) =
             self.head_on_device(&x, batch, teacher.as_ref()).map_err(outside)?;
         let pull = match &objective.sampling {
-            Some(sampling) => pull(&keeps, sampling).map_err(outside)?,
+            Some(sampling) => pull(&modules, sampling).map_err(outside)?,
             None => None,
         };
         let mut sums: Vec<Option<Tensor>> = vec![None; self.parameters.len()];
@@ -176,7 +176,7 @@ impl Network {
             let back = self.back_on_device(at, graph, &gradient, pull, &mut sums);
             gradient = back.map_err(self.place(at))?;
         }
-        self.read(&loss, &keeps, &sums).map_err(outside)
+        self.read(&loss, &modules, &sums).map_err(outside)
     }
 
     /// [`Network::back`], on a device.
@@ -218,12 +218,12 @@ impl Network {
     fn read(
         &self,
         loss: &Loss,
-        keeps: &[Kept],
+        modules: &[Module],
         sums: &[Option<Tensor>],
     ) -> Candle<(Totals, Vec<Vec<f32>>)> {
         let device = loss.sum.device();
         let mut parts = vec![loss.sum.reshape(1)?];
-        for one in keeps {
+        for one in modules {
             parts.push(one.kept.reshape(1)?);
         }
         for (parameter, sum) in self.parameters.iter().zip(sums) {
@@ -233,9 +233,9 @@ impl Network {
             });
         }
         let values = Tensor::cat(&parts, 0)?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
-        let (scalars, mut rest) = values.split_at(1 + keeps.len());
+        let (scalars, mut rest) = values.split_at(1 + modules.len());
         let mut counts = Counts::default();
-        for (one, kept) in keeps.iter().zip(&scalars[1..]) {
+        for (one, kept) in modules.iter().zip(&scalars[1..]) {
             counts.add(f64::from(*kept), one.decisions, one.weights);
         }
         let totals = Totals::new(scalars[0].into(), loss.count, counts);
@@ -250,7 +250,7 @@ impl Network {
 }
 
 /// A module's decisions in a pass.
-struct Kept {
+struct Module {
     /// How many keep, a scalar in `f32`.
     kept: Tensor,
     decisions: usize,
@@ -259,15 +259,15 @@ struct Kept {
 }
 
 /// What the loss gains by the pull alone, by unit of the measure that keeps; `None` if nothing is routed.
-fn pull(keeps: &[Kept], sampling: &Sampling) -> Candle<Option<Tensor>> {
-    let unit = |one: &Kept| match sampling.measure {
+fn pull(modules: &[Module], sampling: &Sampling) -> Candle<Option<Tensor>> {
+    let unit = |one: &Module| match sampling.measure {
         Measure::Modules => 1.0,
         Measure::Weights => one.weights,
     };
-    let all: f64 = keeps.iter().map(|one| one.decisions as f64 * unit(one)).sum();
-    let Some((first, others)) = keeps.split_first() else { return Ok(None) };
+    let all: f64 = modules.iter().map(|one| one.decisions as f64 * unit(one)).sum();
+    let Some((first, others)) = modules.split_first() else { return Ok(None) };
     // Counts of whole numbers: exact in `f32` up to 2^24 by module, and summed as shares after.
-    let share = |one: &Kept| &one.kept * (unit(one) / all);
+    let share = |one: &Module| &one.kept * (unit(one) / all);
     let mut keep = share(first)?;
     for one in others {
         keep = (keep + share(one)?)?;

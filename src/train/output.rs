@@ -1,6 +1,6 @@
 //! What a finished run leaves: routers as they are released, or a PEFT directory.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -13,15 +13,15 @@ use super::settings::Lora;
 use super::state::{self, entry};
 use crate::artifact;
 use crate::artifact::staging::Staging;
+use crate::checkpoint::names::PEFT_PREFIX;
+use crate::file;
 
 /// The routers.
 pub const ROUTERS: &str = "router.safetensors";
 /// The routers, as PyTorch saves them.
-pub const ROUTERS_PTH: &str = "router.pth";
+const ROUTERS_PTH: &str = "router.pth";
 /// The adapter's directory.
-pub const ADAPTER: &str = "adapter";
-/// What PEFT puts before every name of the model it wraps.
-const PEFT_PREFIX: &str = "base_model.model.";
+const ADAPTER: &str = "adapter";
 
 /// Writes the routers to `directory`, and as `.pth` if asked for.
 pub(super) fn routers(
@@ -97,12 +97,6 @@ pub(super) fn adapter(
 
 /// Puts a file of these bytes at `path`, whole or not at all.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let partial = path.with_extension("partial");
-    let write = || {
-        let mut file = File::create(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&partial, path)
-    };
-    write().map_err(|source| artifact::Error::io("write", path, source).into())
+    file::write(path, |file| file.write_all(bytes))
+        .map_err(|source| artifact::Error::io("write", path, source).into())
 }

@@ -108,7 +108,7 @@ impl Store {
         let failed = |source| artifact::Error::io("create", &self.directory, source);
         fs::create_dir_all(&self.directory).map_err(failed)?;
         let target = self.place(step);
-        let mut staging = Staging::begin_with(&target, false, self.open)?;
+        let mut staging = Staging::begin_with(&target, None, self.open)?;
         staging.require(bytes.len() as u64)?;
         let record = serde_json::to_vec_pretty(&record)
             .map_err(|error| staging.explain(RECORD, error.into()))?;

@@ -81,7 +81,7 @@ impl Trainer<'_> {
         if self.step < steps {
             let due = self.step > 0 && !due(options.save_every, self.step);
             let checkpoint = match self.store.last() {
-                Some(last) if !due => last,
+                Some(last) if !due || last == self.store.place(self.step) => last,
                 _ if self.world.leads() => self.save()?,
                 _ => self.store.place(self.step),
             };

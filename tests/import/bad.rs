@@ -410,20 +410,29 @@ fn existing_outputs() {
         });
         result.map(drop).map_err(|error| {
             let error = error.to_string();
-            error.strip_prefix(&format!("{} ", output.display())).unwrap_or(&error).to_owned()
+            error.strip_prefix(&format!("{}: ", output.display())).unwrap_or(&error).to_owned()
         })
     };
     assert_eq!(attempt(false), Ok(()));
-    expect!["exists; name another directory or pass --force to replace it"]
-        .assert_eq(&attempt(false).unwrap_err());
+    expect!["already exists; --force replaces it"].assert_eq(&attempt(false).unwrap_err());
 
     fs::write(output.join("config.json"), "old").unwrap();
     assert_eq!(attempt(true), Ok(()));
     assert_ne!(fs::read(output.join("config.json")).unwrap(), b"old");
 
     fs::write(output.join("thesis.txt"), "dear").unwrap();
-    expect!["holds thesis.txt, which no import writes: it is not replaced, even with --force; name another directory"].assert_eq(&attempt(true).unwrap_err());
+    expect!["will not be replaced: it holds thesis.txt, which no import writes; move it away or choose another path"].assert_eq(&attempt(true).unwrap_err());
     assert_eq!(fs::read(output.join("thesis.txt")).unwrap(), b"dear");
+
+    fs::remove_file(output.join("thesis.txt")).unwrap();
+    let read = output.join("llama.gguf");
+    fs::copy(gguf("llama"), &read).unwrap();
+    let result = run(&place, |options| {
+        (options.input, options.force) = (read.clone(), true);
+    });
+    let message = result.unwrap_err().to_string();
+    let expected = format!("will not be replaced: it holds {}, which is read", read.display());
+    assert!(message.contains(&expected), "{message}");
 
     let entries: Vec<PathBuf> =
         fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().path()).collect();

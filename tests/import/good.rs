@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use expect_test::{Expect, expect};
@@ -65,10 +66,22 @@ fn progress_ends_at_the_total() {
     let mut seen = Vec::new();
     let report = skipgpt_export::import::import(&options, &mut |done, total| {
         seen.push((done, total));
+        ControlFlow::Continue(())
     })
     .unwrap();
     assert!(seen.is_sorted());
     assert_eq!(seen.last(), Some(&(report.bytes, report.bytes)));
+}
+
+/// Who stops an import finds nothing of it.
+#[test]
+fn an_import_can_be_stopped() {
+    let place = TempDir::new().unwrap();
+    let options = Options::new(gguf("llama"), place.path().join("out"));
+    let stopped = skipgpt_export::import::import(&options, &mut |_, _| ControlFlow::Break(()));
+    let message = stopped.unwrap_err().to_string();
+    assert!(message.ends_with("llama.gguf: interrupted"), "{message}");
+    assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! How the IR's small types are spelt in JSON.
 
 use serde::{Deserialize, Serialize};
-use skipgpt_passes::ir::{Architecture, DType, Dispatch, ModuleId, ModuleKind};
+use skipgpt_passes::ir::{Architecture, DType, Dispatch};
 
 /// `f32`, `f16`, `bf16`.
 #[derive(Serialize, Deserialize)]
@@ -31,25 +31,6 @@ pub(super) const fn architecture(architecture: Architecture) -> &'static str {
     }
 }
 
-/// Reads `layers.3.mlp`.
-fn module(text: &str) -> Option<ModuleId> {
-    let mut parts = text.split('.');
-    let (Some("layers"), Some(layer), Some(kind), None) =
-        (parts.next(), parts.next(), parts.next(), parts.next())
-    else {
-        return None;
-    };
-    let kind = match kind {
-        "attention" => ModuleKind::Attention,
-        "mlp" => ModuleKind::Mlp,
-        _ => return None,
-    };
-    let layer = layer.parse().ok()?;
-    let id = ModuleId { layer, kind };
-    // Refuses other spellings of the same module, such as `layers.+3.mlp`.
-    (id.to_string() == text).then_some(id)
-}
-
 /// Modules as `["layers.3.mlp", …]`.
 pub(super) mod modules {
     use serde::de::Error as _;
@@ -70,7 +51,7 @@ pub(super) mod modules {
         Vec::<String>::deserialize(deserializer)?
             .iter()
             .map(|text| {
-                super::module(text)
+                ModuleId::parse(text)
                     .ok_or_else(|| D::Error::custom(format!("{expected}, found {text:?}")))
             })
             .collect()

@@ -13,11 +13,10 @@ use crate::checkpoint::files::{self, is_unused, show};
 const LIMIT: u64 = 4 << 20;
 
 /// Keys that do not change what a trained adapter computes.
-const HARMLESS: [&str; 26] = [
+const HARMLESS: [&str; 25] = [
     "alora_invocation_string",
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",
     "exclude_modules",
     "inference_mode",
     "layers_pattern",

@@ -186,8 +186,9 @@ fn lengths(b: &mut Builder, zero: &str, one: &str) -> Lengths {
 }
 
 /// What is added to every layer's scores, `[batch, 1, sequence, total]`: 0 where the key is real and not
-/// later than the query, the dtype's lowest number elsewhere (infinity would make the rows of padding
-/// NaN).
+/// later than the query, elsewhere a number so low that the key counts for nothing. It is finite, also with a score
+/// added: a row of padding sees no key, and if all its scores were infinite it would be NaN, and so would all that see it in
+/// the next layer.
 fn bias(b: &mut Builder, Lengths { past, total, .. }: &Lengths, zero: &str, one: &str) -> Name {
     let keys = b.op("mask.keys", "Range", &[zero, total, one]);
     let queries = b.op("mask.queries", "Range", &[past, total, one]);
@@ -200,7 +201,8 @@ fn bias(b: &mut Builder, Lengths { past, total, .. }: &Lengths, zero: &str, one:
     let allowed = b.op("mask.allowed", "And", &[&real, &causal]);
     let lowest = match b.dtype {
         DType::F32 | DType::BF16 => f32::from_bits(0xff7f_0000),
-        DType::F16 => half::f16::MIN.to_f32(),
+        // The sum of f16's own lowest and a score of −16 is infinite.
+        DType::F16 => half::f16::MIN.to_f32() / 2.0,
     };
     let open = b.floats("constants.zero.f32", &[], &[0.0]);
     let closed = b.floats("constants.lowest", &[], &[lowest]);

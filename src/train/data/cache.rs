@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::read::Text;
-use super::{Error, FIELD, Place, Tokenisation};
+use super::{Error, Place, Tokenisation};
 use crate::artifact::hash;
 
 const MAGIC: &[u8; 8] = b"SKIPTOK2";
@@ -53,10 +53,10 @@ impl Tokens {
         let Some(content) = hash::of_file(&text.path, &mut |_| advance(0).is_continue())? else {
             return Err(Error::Interrupted);
         };
-        let mut identity = format!("{} {tokenizer}", content.sha256);
-        if let Some(field) = text.field().filter(|field| *field != FIELD) {
-            identity = format!("{identity} {field}");
-        }
+        // Everything that the tokens depend on; the end is not in `tokenizer.json`.
+        let end = end(how).map_or("none".to_owned(), |id| id.to_string());
+        let field = text.field().map_or("plain".to_owned(), |name| format!("field {name}"));
+        let identity = format!("{} {tokenizer} {end} {field}", content.sha256);
         let key = hash::of_bytes(identity.as_bytes()).sha256;
         let path = how.cache.join(format!("{}.tokens", &key[..16]));
         if let Some(tokens) = Self::read_back(text, &path, &key)? {
@@ -172,6 +172,11 @@ impl Tokens {
     }
 }
 
+/// The token that ends a document, if there is one.
+fn end(how: Tokenisation<'_>) -> Option<u32> {
+    how.tokenizer.eos().first().and_then(|id| u32::try_from(*id).ok())
+}
+
 /// Tokenises `text` into `path`.
 fn write(
     path: &Path,
@@ -181,7 +186,7 @@ fn write(
     advance: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<(), Error> {
     let failed = |source| Error::Io { path: path.to_owned(), action: "write", source };
-    let end = how.tokenizer.eos().first().and_then(|id| u32::try_from(*id).ok());
+    let end = end(how);
     let mut output = BufWriter::new(File::create(path).map_err(failed)?);
     output.write_all(&[0; HEADER]).map_err(failed)?;
     let (mut count, mut places): (u64, Vec<(u64, u64)>) = (0, Vec::new());

@@ -1,5 +1,6 @@
 //! Which files there are, and their documents, piece by piece.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -57,7 +58,7 @@ pub(super) fn collect(paths: &[PathBuf], field: &str) -> Result<Vec<Text>, Error
     for path in paths {
         let before = texts.len();
         if path.is_dir() {
-            walk(path, field, &mut texts)?;
+            walk(path, field, &mut BTreeSet::new(), &mut texts)?;
             if texts.len() == before {
                 return Err(Error::NoFiles { path: path.clone() });
             }
@@ -68,8 +69,17 @@ pub(super) fn collect(paths: &[PathBuf], field: &str) -> Result<Vec<Text>, Error
     Ok(texts)
 }
 
-fn walk(directory: &Path, field: &str, texts: &mut Vec<Text>) -> Result<(), Error> {
+/// Adds the files under `directory`, links followed; a directory that was `seen` is not read again.
+fn walk(
+    directory: &Path,
+    field: &str,
+    seen: &mut BTreeSet<PathBuf>,
+    texts: &mut Vec<Text>,
+) -> Result<(), Error> {
     let failed = |source| Error::Io { path: directory.to_owned(), action: "list", source };
+    if !seen.insert(directory.canonicalize().map_err(failed)?) {
+        return Ok(());
+    }
     let entries = fs::read_dir(directory).map_err(failed)?;
     let mut paths = entries
         .map(|entry| entry.map(|entry| entry.path()))
@@ -79,7 +89,7 @@ fn walk(directory: &Path, field: &str, texts: &mut Vec<Text>) -> Result<(), Erro
     for path in paths {
         let extension = extension(&path);
         if path.is_dir() {
-            walk(&path, field, texts)?;
+            walk(&path, field, seen, texts)?;
         } else if matches!(extension.as_str(), "txt" | "md" | "jsonl" | "parquet") {
             texts.push(text(&path, field)?);
         }

@@ -108,6 +108,34 @@ fn texts_are_tokenised_once() {
     assert_eq!(cached().len(), 2);
 }
 
+/// The same bytes are other tokens as another kind of file, and with another token at the end.
+#[test]
+fn a_cache_is_of_a_kind_of_text_and_of_an_end() {
+    let line = "{\"text\": \"some\"}";
+    let mut files = Files::new(&[("a.txt", line), ("a.jsonl", line)]);
+    let [plain, fields] = ["a.txt", "a.jsonl"].map(|name| files.open(&[name]).unwrap());
+    assert_eq!(files.text(&plain), format!("{line}|"));
+    assert_eq!(files.text(&fields), "some|");
+
+    let model = files.path("model");
+    fs::create_dir(&model).unwrap();
+    fs::copy(tiny().join("tokenizer.json"), model.join("tokenizer.json")).unwrap();
+    fs::write(model.join("generation_config.json"), "{\"eos_token_id\": 63}").unwrap();
+    files.tokenizer = Tokenizer::open(&model).unwrap();
+    let other = files.text(&files.open(&["a.jsonl"]).unwrap());
+    assert_eq!(other, format!("some{}", files.tokenizer.decode(&[63]).unwrap()));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_directory_that_links_to_itself_is_read_once() {
+    let files = Files::new(&[("all/a.txt", "one"), ("all/more/b.txt", "two")]);
+    let all = files.path("all");
+    std::os::unix::fs::symlink(&all, all.join("more/again")).unwrap();
+    std::os::unix::fs::symlink(all.join("more"), all.join("other")).unwrap();
+    assert_eq!(files.text(&files.open(&["all"]).unwrap()), "one|two|");
+}
+
 #[test]
 fn a_damaged_cache_gives_no_token_the_model_lacks() {
     let files = Files::new(&[("a.txt", "some text")]);

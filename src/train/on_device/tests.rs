@@ -81,13 +81,14 @@ fn the_pull_is_found_where_the_keeps_are() {
     };
     assert!(pull(&[], &sampling).unwrap().is_none());
     // 5 of 8 decisions keep; of 4 · 1 + 4 · 3 weights 7.
-    let keeps = [(4.0, 1.0), (1.0, 3.0)].map(|(kept, weights)| Kept {
+    let modules = [(4.0, 1.0), (1.0, 3.0)].map(|(kept, weights)| Module {
         kept: scalar(kept),
         decisions: 4,
         weights,
     });
-    let found =
-        |sampling: &Sampling| pull(&keeps, sampling).unwrap().unwrap().to_scalar::<f32>().unwrap();
+    let found = |sampling: &Sampling| {
+        pull(&modules, sampling).unwrap().unwrap().to_scalar::<f32>().unwrap()
+    };
     assert!((found(&sampling) - 1.0).abs() < f32::EPSILON);
     sampling.measure = Measure::Weights;
     assert!((found(&sampling) + 0.5).abs() < f32::EPSILON);
