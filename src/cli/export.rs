@@ -192,16 +192,7 @@ impl DispatchArgument {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let start = Instant::now();
-    let of_graphs = [
-        ("--logits last", arguments.logits == LogitsArgument::Last),
-        ("--sequences one", arguments.sequences == SequencesArgument::One),
-        ("--emit-routing", arguments.emit_routing),
-    ];
-    if arguments.format == FormatArgument::Safetensors
-        && let Some((option, _)) = of_graphs.iter().find(|(_, given)| *given)
-    {
-        bail!("{option}: --format safetensors holds no graph; it is for ONNX");
-    }
+    fits_format(arguments)?;
     let mut checkpoint = sources::checkpoint(&arguments.checkpoint)?;
     let router = checkpoint.directory.join(safetensors::ROUTERS);
     if arguments.checkpoint.router.is_none() && router.is_file() {
@@ -292,6 +283,21 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let seconds = start.elapsed().as_secs_f64();
     screen::note(format_args!("{}: exported in {seconds:.1} s", output.display()));
     Ok(Verdict::Holds)
+}
+
+/// Refuses options of graphs where none is written.
+fn fits_format(arguments: &Arguments) -> Result<()> {
+    let of_graphs = [
+        ("--logits last", arguments.logits == LogitsArgument::Last),
+        ("--sequences one", arguments.sequences == SequencesArgument::One),
+        ("--emit-routing", arguments.emit_routing),
+    ];
+    if arguments.format == FormatArgument::Safetensors
+        && let Some((option, _)) = of_graphs.iter().find(|(_, given)| *given)
+    {
+        bail!("{option}: --format safetensors holds no graph; it is for ONNX");
+    }
+    Ok(())
 }
 
 /// Refuses what the export would, as far as that can be told without writing.
