@@ -110,7 +110,7 @@ pub enum Error<D> {
     #[error("a window of {0} tokens predicts nothing; it must have 2 or more")]
     Window(usize),
     /// Windows that leave out tokens, or never advance.
-    #[error("the stride is {stride}; it must be in 1..={window}, the window")]
+    #[error("the stride is {stride}; it must be 1 to {window}, the window")]
     Stride {
         /// The stride asked for.
         stride: usize,

@@ -110,7 +110,7 @@ pub enum Error<D> {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum PlanError {
     /// A threshold is not a share.
-    #[error("--{option} is {value}; it must be in 0..=1")]
+    #[error("--{option} is {value}; it must be 0 to 1")]
     Threshold {
         /// `prune-below` or `always-above`.
         option: &'static str,

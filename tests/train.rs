@@ -15,6 +15,7 @@ use skipgpt_passes::ir;
 use tempfile::TempDir;
 
 mod refused;
+mod stopped;
 
 pub(crate) fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/training/tiny")

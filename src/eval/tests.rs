@@ -149,7 +149,7 @@ fn what_cannot_be_measured_is_refused() {
     refused(
         &tokens,
         Options { stride: Some(0), ..options(3) },
-        "the stride is 0; it must be in 1..=3, the window",
+        "the stride is 0; it must be 1 to 3, the window",
     );
     refused(
         &tokens,

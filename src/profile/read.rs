@@ -105,7 +105,7 @@ fn wrong(field: String, found: &impl ToString, expected: &str) -> Implausible {
 }
 
 fn plausible(profile: &Profile) -> Result<(), Implausible> {
-    const SHARE: &str = "a share is in 0..=1";
+    const SHARE: &str = "a share is 0 to 1";
     let share = |value: f64| (0.0..=1.0).contains(&value);
     if profile.window == 0 {
         return Err(wrong("window".to_owned(), &0, "a window has at least 1 token"));

@@ -79,8 +79,8 @@ fn senseless_thresholds_and_other_models_are_refused() {
     let refused =
         |config: &Config, below, above| profile.plan(config, below, above).unwrap_err().to_string();
     let own = config(3);
-    assert_eq!(refused(&own, Some(1.5), None), "--prune-below is 1.5; it must be in 0..=1");
-    assert_eq!(refused(&own, None, Some(f64::NAN)), "--always-above is NaN; it must be in 0..=1");
+    assert_eq!(refused(&own, Some(1.5), None), "--prune-below is 1.5; it must be 0 to 1");
+    assert_eq!(refused(&own, None, Some(f64::NAN)), "--always-above is NaN; it must be 0 to 1");
     assert_eq!(
         refused(&own, Some(0.5), Some(0.5)),
         "--prune-below 0.5 is not under --always-above 0.5"

@@ -1,5 +1,7 @@
 //! What a run is told, and whether it makes sense.
 
+use std::borrow::Cow;
+
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +17,7 @@ pub struct Error {
     /// What was given.
     pub found: String,
     /// What would do.
-    pub expected: &'static str,
+    pub expected: Cow<'static, str>,
 }
 
 /// Everything that decides what a run computes.
@@ -198,7 +200,8 @@ impl Settings {
     /// [`Error`] names the first.
     pub fn check(&self, longest: usize) -> Result<(), Error> {
         let positive = "a number above 0";
-        let ensure = |holds: bool, name, found: &dyn std::fmt::Display, expected| {
+        let ensure = |holds: bool, name, found: &dyn std::fmt::Display, expected: &'static str| {
+            let expected = Cow::Borrowed(expected);
             if holds { Ok(()) } else { Err(Error { name, found: found.to_string(), expected }) }
         };
         let inside = |value: f64| value > 0.0 && value < 1.0;
@@ -207,13 +210,15 @@ impl Settings {
         ensure(self.steps > 0, "--steps", &self.steps, "1 or more")?;
         ensure(self.batch > 0, "--batch", &self.batch, "1 or more")?;
         ensure(self.accumulate > 0, "--accumulate", &self.accumulate, "1 or more")?;
-        let window = (2..=longest).contains(&self.window);
-        ensure(
-            window,
-            "--window",
-            &self.window,
-            "2 or more, and no more than the model was trained for (max_position_embeddings)",
-        )?;
+        if !(2..=longest).contains(&self.window) {
+            return Err(Error {
+                name: "--window",
+                found: self.window.to_string(),
+                expected: Cow::Owned(format!(
+                    "2 to {longest}, which the model was trained for (max_position_embeddings)"
+                )),
+            });
+        }
         let rate = &self.rate;
         ensure(above(rate.peak), "--learning-rate", &rate.peak, positive)?;
         ensure(share(rate.warm_up), "--warm-up", &rate.warm_up, "a share of the steps, 0 to 1")?;

@@ -24,8 +24,7 @@ fn settings_outside_their_ranges_are_refused() {
     ] {
         place.refused(stage, "run", more, &message);
     }
-    let message = "--window is 129; expected 2 or more, and no more than the model was trained \
-                   for (max_position_embeddings)";
+    let message = "--window is 129; expected 2 to 128, which the model was trained for (max_position_embeddings)";
     place.refused("router", "run", &["--window", "129"], message);
     assert!(!place.path("run").exists());
 }

@@ -27,11 +27,11 @@ fn refused(pointer: &str, value: Value) -> String {
 #[test]
 fn numbers_no_measurement_gives_are_refused() {
     for (pointer, value, expected) in [
-        ("/modules/1/keep", json!(1.2), "modules[1].keep is 1.2; a share is in 0..=1"),
+        ("/modules/1/keep", json!(1.2), "modules[1].keep is 1.2; a share is 0 to 1"),
         (
             "/modules/0/by_position/2",
             json!(-0.5),
-            "modules[0].by_position[2] is -0.5; a share is in 0..=1",
+            "modules[0].by_position[2] is -0.5; a share is 0 to 1",
         ),
         (
             "/modules/0/by_position",
@@ -49,7 +49,7 @@ fn numbers_no_measurement_gives_are_refused() {
             "modules[1].module is layers.0.attention; modules stand in order, each once",
         ),
         ("/positions/1/from", json!(0), "positions[1] is 0..2; ranges follow each other from 0"),
-        ("/skipped/mlp", json!(7), "skipped.mlp is 7; a share is in 0..=1"),
+        ("/skipped/mlp", json!(7), "skipped.mlp is 7; a share is 0 to 1"),
         ("/window", json!(0), "window is 0; a window has at least 1 token"),
     ] {
         assert_eq!(refused(pointer, value), format!("p.json: {expected}"));
