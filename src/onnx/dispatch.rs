@@ -7,6 +7,7 @@ use super::builder::{Builder, Name};
 use super::graph::{Attribute, Dim, Element};
 use super::router::Decision;
 use super::stream::Stream;
+use crate::decoder::Sequences;
 
 /// The place of every token, its row and its column, `[1, tokens, 2]`.
 const PLACES: &str = "dispatch.places";
@@ -17,6 +18,10 @@ const PLACES_COUNT: &str = "dispatch.places.count";
 /// Whether there is one new token altogether, one element; present if a conditional MLP asks, or a conditional attention
 /// module in grouped form.
 pub(super) const ONE_TOKEN: &str = "step.one_token";
+
+/// Whether there is one new token in each sequence, one element; present if a conditional MLP asks, or attention in
+/// grouped form, and there may be several sequences.
+pub(super) const ONE_EACH: &str = "step.single";
 
 /// The tokens a decision keeps.
 pub(super) struct Rows {
@@ -99,8 +104,7 @@ pub(super) fn kept_rows(
     Stream::Value(if_any(b, decision, &output, width, x, run))
 }
 
-/// `x` with the change of its kept rows, of which there is one at least. Where nothing is skipped no row has to be
-/// found; of one token that is known beforehand.
+/// `x` with the change of its kept rows, of which there is one at least.
 fn every_or_some(
     b: &mut Builder,
     decision: &Decision,
@@ -141,21 +145,30 @@ fn every_or_some(
     sum
 }
 
-/// What a step takes under `name`, by whether it skips any token of a module: `every` if not, else `some`, given the
-/// names of their own. The outputs are the ends of their names, their elements and shapes.
+/// What a step takes under `name`, given the names of their own: `every` where no token of a module is skipped, else
+/// `some`. One token is never skipped here; a few, one in each sequence, are gathered sooner than asked about. The
+/// outputs are the ends of their names, their elements and shapes.
 fn by_form<const N: usize>(
     b: &mut Builder,
     decision: &Decision,
     name: &str,
     outputs: &[(&str, Element, Vec<Dim>); N],
     every: impl Fn(&mut Builder, &str) -> [Name; N],
-    some: impl FnOnce(&mut Builder, &str) -> [Name; N],
+    some: impl Fn(&mut Builder, &str) -> [Name; N],
 ) -> [Name; N] {
     let form = |form: &str| format!("{name}.{form}");
-    let several = |b: &mut Builder| {
+    let chunk = |b: &mut Builder, name: &str| {
         let every = |b: &mut Builder| every(b, &form("every"));
         let some = |b: &mut Builder| some(b, &form("some"));
-        named(b, &form("several"), outputs, decision.any_skipped(), some, every)
+        named(b, name, outputs, decision.any_skipped(), some, every)
+    };
+    let several = |b: &mut Builder| match b.sequences {
+        Sequences::One => chunk(b, &form("several")),
+        Sequences::Any => {
+            let each = |b: &mut Builder| some(b, &form("each"));
+            let chunk = |b: &mut Builder| chunk(b, &form("chunk"));
+            named(b, &form("several"), outputs, ONE_EACH, each, chunk)
+        }
     };
     named(b, name, outputs, ONE_TOKEN, |b| every(b, &form("one")), several)
 }

@@ -126,6 +126,8 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
     };
     let asked = (grouped && conditional) || mlps().any(dispatch::branches);
     is_one(asked, dispatch::ONE_TOKEN, &tokens);
+    let asked = (grouped || mlps().any(dispatch::branches)) && !one_alone;
+    is_one(asked, dispatch::ONE_EACH, &lengths.sequence);
     let asked = (conditional || multi_head) && !one_alone;
     let one_sequence = is_one(asked, "step.one_sequence", &lengths.batch);
     let told = conditional || !one_alone;
@@ -139,7 +141,7 @@ pub(in crate::onnx) fn preamble(b: &mut Builder, model: &Model, grouped: bool) -
         let forms = if one_alone {
             Forms { single: When::Never, whole: When::Always }
         } else {
-            forms(b, &lengths, &one, multi_head.then_some(&one_sequence))
+            forms(b, &one, multi_head.then_some(&one_sequence))
         };
         if let (true, When::If(single)) = (conditional, &forms.single) {
             router::gated_floors(b, model, single);
@@ -163,8 +165,8 @@ fn angles(b: &mut Builder, config: &Config) -> [Name; 2] {
 }
 
 /// Which form a step has, where it may have any: with chunks by an operator also that of a whole sequence.
-fn forms(b: &mut Builder, lengths: &Lengths, one: &str, one_sequence: Option<&Name>) -> Forms {
-    let single = When::If(b.op("step.single", "Equal", &[&lengths.sequence, one]));
+fn forms(b: &mut Builder, one: &str, one_sequence: Option<&Name>) -> Forms {
+    let single = When::If(dispatch::ONE_EACH.to_owned());
     let Some(one_sequence) = one_sequence else { return Forms { single, whole: When::Never } };
     let least = vec![("keepdims", Attribute::Int(0))];
     let least = b.op_with("mask.least", "ReduceMin", &["attention_mask"], least);
