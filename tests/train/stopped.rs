@@ -52,9 +52,8 @@ fn a_run_that_is_stopped_twice_goes_on() {
             },
             world: &Alone,
         };
-        let result = run(&request, &mut |event| match stop(&event) {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+        let result = run(&request, &mut |event| {
+            if stop(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         match result {
             Ok(_) => None,
