@@ -74,18 +74,22 @@ impl Command {
     }
 }
 
-/// A file to be written, in a directory that is there: a result must not be lost after hours for want of one.
+/// A file to be written, in a directory that is there and may be written to: a result must not be lost
+/// after hours for want of one. `-` and what is no file, such as a pipe, need none.
 pub(crate) fn destination() -> impl TypedValueParser<Value = PathBuf> {
-    PathBufValueParser::new().try_map(|path| match path.parent() {
-        Some(parent) => {
-            let parent = if parent == Path::new("") { Path::new(".") } else { parent };
-            match rustix::fs::access(parent, Access::WRITE_OK) {
-                _ if !parent.is_dir() => Err(format!("{} is no directory", parent.display())),
-                Err(error) if !path.exists() => Err(format!("{}: {error}", parent.display())),
-                _ => Ok(path),
-            }
+    PathBufValueParser::new().try_map(|path| {
+        let special = path.metadata().is_ok_and(|found| !found.is_file());
+        let Some(parent) = path.parent().filter(|_| !special && path != Path::new("-")) else {
+            return Ok(path);
+        };
+        let parent = if parent == Path::new("") { Path::new(".") } else { parent };
+        if !parent.is_dir() {
+            return Err(format!("{} is no directory", parent.display()));
         }
-        None => Ok(path),
+        match rustix::fs::access(parent, Access::WRITE_OK) {
+            Err(error) => Err(format!("{}: {error}", parent.display())),
+            Ok(()) => Ok(path),
+        }
     })
 }
 
