@@ -110,9 +110,11 @@ pub(crate) struct CheckpointArguments {
     pub(crate) lora_alpha: Option<f64>,
 }
 
-/// The text that a checkpoint reads to be measured.
+/// A checkpoint, and the text that it reads to be measured.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ReadArguments {
+    #[command(flatten)]
+    pub(crate) checkpoint: CheckpointArguments,
     /// Where the checkpoint runs
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     pub(crate) device: Device,

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use ndarray::Array4;
+use skipgpt_passes::cost::ModuleCost;
 use skipgpt_passes::ir::{self, ModuleId};
 use skipgpt_passes::validate::Validated;
 
@@ -163,6 +164,7 @@ fn place(layer: Option<usize>) -> String {
 #[derive(Debug)]
 pub struct Reference {
     config: ir::Config,
+    modules: Vec<ModuleCost>,
     options: Options,
     frequencies: Vec<f32>,
     embedding: Tensor,
@@ -178,6 +180,8 @@ pub struct Reference {
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) config: ir::Config,
+    /// What each module costs a token, as it was loaded.
+    pub(crate) modules: Vec<ModuleCost>,
     pub(crate) frequencies: Vec<f32>,
     /// `[vocab, hidden]`.
     pub(crate) embedding: Tensor,
@@ -209,9 +213,10 @@ impl Reference {
 
     /// The tensors, without the cache.
     pub(crate) fn into_parts(self) -> Parts {
-        let Self { config, options, frequencies, embedding, layers, norm, head, .. } = self;
+        let Self { config, modules, options, frequencies, embedding, layers, norm, head, .. } =
+            self;
         let kernels = options.kernels;
-        Parts { config, frequencies, embedding, layers, norm, head, kernels }
+        Parts { config, modules, frequencies, embedding, layers, norm, head, kernels }
     }
 
     /// Evaluates every weight into memory, as `options` say.
@@ -237,6 +242,7 @@ impl Reference {
         let norm = loader.norm(&model.norm)?;
         Ok(Self {
             config: model.config.clone(),
+            modules: model.multiply_adds().modules,
             frequencies: rope::inverse_frequencies(&model.config),
             embedding,
             caches: layers.iter().map(|_| Cache::default()).collect(),

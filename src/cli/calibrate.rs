@@ -8,15 +8,12 @@ use clap::Args;
 use skipgpt_export::device::Compute;
 use skipgpt_export::importance;
 use skipgpt_export::model::{self, Reference};
-use skipgpt_export::text::Tokenizer;
 use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, ReadArguments, Verdict, screen, sources};
+use super::{ReadArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    #[command(flatten)]
-    checkpoint: CheckpointArguments,
     #[command(flatten)]
     read: ReadArguments,
     /// The file to write
@@ -27,9 +24,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     let output = &arguments.output;
     screen::replaceable(output, arguments.read.force)?;
-    let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
-    let tokenizer = Tokenizer::open(&checkpoint.directory)?;
-    let tokens = sources::tokens(&tokenizer, &arguments.read.text)?;
+    let (checkpoint, tokens) = sources::read(&arguments.read)?;
     let ears = Arc::new(importance::Ears::default());
     let options = model::Options {
         device: Compute::from(arguments.read.device).open()?,

@@ -5,15 +5,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use skipgpt_export::profile;
-use skipgpt_export::text::Tokenizer;
 use skipgpt_export::world::World;
 
-use super::{CheckpointArguments, ReadArguments, Verdict, screen, sources};
+use super::{ReadArguments, Verdict, screen, sources};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    #[command(flatten)]
-    checkpoint: CheckpointArguments,
     #[command(flatten)]
     read: ReadArguments,
     /// The profile to write
@@ -25,9 +22,7 @@ pub(crate) fn run(arguments: &Arguments, world: &dyn World) -> Result<Verdict> {
     if world.leads() {
         screen::replaceable(&arguments.output, arguments.read.force)?;
     }
-    let checkpoint = sources::checkpoint(&arguments.checkpoint)?;
-    let tokenizer = Tokenizer::open(&checkpoint.directory)?;
-    let tokens = sources::tokens(&tokenizer, &arguments.read.text)?;
+    let (checkpoint, tokens) = sources::read(&arguments.read)?;
     let mut reference = sources::reference(&checkpoint.model, &checkpoint, arguments.read.device)?;
     let options = arguments.read.windows();
     let bar = screen::count("profiling");

@@ -13,7 +13,7 @@ use skipgpt_export::watch::Watched;
 use skipgpt_passes::ir::Model;
 use skipgpt_passes::validate;
 
-use super::{CheckpointArguments, Device, RuntimeArguments, screen};
+use super::{CheckpointArguments, Device, ReadArguments, RuntimeArguments, screen};
 
 /// Reads the checkpoint that was named.
 pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> {
@@ -24,6 +24,14 @@ pub(crate) fn checkpoint(arguments: &CheckpointArguments) -> Result<Checkpoint> 
         adapter: arguments.adapter.as_deref(),
         lora_alpha: arguments.lora_alpha,
     })?)
+}
+
+/// Reads the checkpoint that was named, and the tokens of the text it is to read.
+pub(crate) fn read(arguments: &ReadArguments) -> Result<(Checkpoint, Vec<u32>)> {
+    let checkpoint = checkpoint(&arguments.checkpoint)?;
+    let tokenizer = Tokenizer::open(&checkpoint.directory)?;
+    let tokens = tokens(&tokenizer, &arguments.text)?;
+    Ok((checkpoint, tokens))
 }
 
 /// The reference that runs `model`, a form of the checkpoint's, in `f32`.
@@ -85,7 +93,7 @@ pub(crate) fn watched_in(
 pub(crate) fn tokens(tokenizer: &Tokenizer, files: &[PathBuf]) -> Result<Vec<u32>> {
     let mut tokens = Vec::new();
     for file in files {
-        let ids = tokenizer.encode(&read(file)?, false)?;
+        let ids = tokenizer.encode(&text(file)?, false)?;
         tokens.extend(ids.into_iter().filter_map(|id| u32::try_from(id).ok()));
     }
     Ok(tokens)
@@ -93,7 +101,7 @@ pub(crate) fn tokens(tokenizer: &Tokenizer, files: &[PathBuf]) -> Result<Vec<u32
 
 /// The prompts of a text file, one a line, blank lines left out.
 pub(crate) fn prompts(path: &Path) -> Result<Vec<String>> {
-    let text = read(path)?;
+    let text = text(path)?;
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     let prompts: Vec<_> = lines.map(str::to_owned).collect();
     if prompts.is_empty() {
@@ -102,7 +110,7 @@ pub(crate) fn prompts(path: &Path) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-fn read(path: &Path) -> Result<String> {
+fn text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path)
         .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))
 }

@@ -14,7 +14,6 @@ use skipgpt_export::text::Tokenizer;
 use skipgpt_export::tolerance::Tolerances;
 use skipgpt_export::verify;
 use skipgpt_export::watch::Watched;
-use skipgpt_passes::ir::Routing;
 use skipgpt_passes::prune_modules;
 
 use super::{
@@ -83,9 +82,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
 /// That what the artifact was made with is named: without it every value would differ.
 fn all_named(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> {
     let manifest = &artifact.manifest;
-    let layers = checkpoint.model.layers.iter();
-    let mut routings = layers.flat_map(|layer| layer.modules().map(|id| layer.routing(id.kind)));
-    let routed = routings.any(|routing| routing.is_some_and(Routing::is_routed));
+    let routed = checkpoint.model.routed_modules().next().is_some();
     let dense = manifest.plan.removed.is_empty() && manifest.plan.always.is_empty();
     let directory = artifact.directory.display();
     match (manifest.routing.routed.is_empty(), routed) {

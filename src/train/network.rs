@@ -21,7 +21,6 @@ use super::random::{self, Use};
 use super::settings::Measure;
 use crate::model::gradient::{Estimator, hold, seed, widened};
 use crate::model::layer::Decision;
-use crate::model::mlp::GateUp;
 use crate::model::router::Routing;
 use crate::model::step::{Decide, Relaxation, Step};
 use crate::model::{Error, Parts};
@@ -268,22 +267,9 @@ impl Network {
 
     /// What a decision of layer `at` counts as: 1, or the weights that skipping leaves out.
     pub(super) fn counts_as(&self, at: usize, kind: ModuleKind, measure: Measure) -> f64 {
-        let layer = &self.parts.layers[at];
-        let weights = match (measure, kind) {
-            (Measure::Modules, _) => return 1.0,
-            (Measure::Weights, ModuleKind::Attention) => {
-                layer.attention.as_ref().map(|module| vec![&module.q, &module.o])
-            }
-            (Measure::Weights, ModuleKind::Mlp) => layer.mlp.as_ref().map(|module| {
-                let mut all = match &module.gate_up {
-                    GateUp::Separate { gate, up } => vec![gate, up],
-                    GateUp::Fused(both) => vec![both],
-                };
-                all.push(&module.down);
-                all
-            }),
-        };
-        weights.iter().flatten().map(|linear| linear.weight.elem_count() as f64).sum()
+        let id = ModuleId { layer: self.parts.layers[at].index, kind };
+        let module = self.parts.modules.iter().find(|module| module.id == id);
+        measure.of(module.map_or(0.0, |module| module.skippable as f64))
     }
 
     /// Adds a layer's decisions to `counts`.

@@ -260,10 +260,7 @@ struct Module {
 
 /// What the loss gains by the pull alone, by unit of the measure that keeps; `None` if nothing is routed.
 fn pull(modules: &[Module], sampling: &Sampling) -> Candle<Option<Tensor>> {
-    let unit = |one: &Module| match sampling.measure {
-        Measure::Modules => 1.0,
-        Measure::Weights => one.weights,
-    };
+    let unit = |one: &Module| sampling.measure.of(one.weights);
     let all: f64 = modules.iter().map(|one| one.decisions as f64 * unit(one)).sum();
     let Some((first, others)) = modules.split_first() else { return Ok(None) };
     // Counts of whole numbers: exact in `f32` up to 2^24 by module, and summed as shares after.

@@ -99,7 +99,6 @@ pub fn run(request: &Request<'_>, on_event: OnEvent<'_>) -> Result<Outcome, Erro
 fn check_stage(request: &Request<'_>) -> Result<(), Error> {
     let checkpoint = request.checkpoint;
     let model = &checkpoint.model;
-    let routed = |routing: &ir::Routing| matches!(routing, ir::Routing::Routed { .. });
     let adapted = |layer: &ir::Layer| {
         let attention = layer.attention.iter().flat_map(|module| {
             let KeyValue::Separate { k, v } = &module.kv else { return vec![] };
@@ -114,10 +113,7 @@ fn check_stage(request: &Request<'_>) -> Result<(), Error> {
     if model.head.lora.is_some() || model.layers.iter().any(adapted) {
         return Err(Error::Adapted(checkpoint.directory.clone()));
     }
-    let has_routers = model.layers.iter().any(|layer| {
-        layer.attention.as_ref().is_some_and(|module| routed(&module.routing))
-            || layer.mlp.as_ref().is_some_and(|module| routed(&module.routing))
-    });
+    let has_routers = model.routed_modules().next().is_some();
     match request.settings.stage {
         Stage::Lora(_) if !has_routers => Err(Error::NoRouters(checkpoint.directory.clone())),
         _ => Ok(()),

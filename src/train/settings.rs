@@ -123,6 +123,16 @@ pub enum Measure {
     Weights,
 }
 
+impl Measure {
+    /// What a decision counts as, of a module with as many skippable `weights`.
+    pub(super) const fn of(self, weights: f64) -> f64 {
+        match self {
+            Self::Modules => 1.0,
+            Self::Weights => weights,
+        }
+    }
+}
+
 /// How a decision is sampled and its gradient estimated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
