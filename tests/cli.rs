@@ -250,8 +250,17 @@ fn what_an_artifact_was_made_with_must_be_named() {
         verify("adapted", &[]),
         "error: adapted: was made with routers; name them with --router\n"
     );
-    let message = verify("adapted", &router);
-    assert!(message.contains("adapter_config.json; name the adapter with --adapter"), "{message}");
+    let artifact = place.path("adapted");
+    let more = ["--router", &place.router, "--greedy-tokens", "4"];
+    let against =
+        |model: &str| run(&[&["verify", &artifact, "--model", model], &more[..]].concat());
+    let (code, report, told) = against(&place.model);
+    assert_eq!(code, 1, "{report}");
+    assert!(told.contains("adapter_config.json; name the adapter with --adapter"), "{told}");
+    let merged = ["--adapter", &adapter, "--format", "safetensors", "--dtype", "f32"];
+    assert_eq!(place.export("merged", &merged).0, 0);
+    let (code, report, told) = against(&place.path("merged"));
+    assert_eq!(code, 0, "{report}\n{told}");
     assert_eq!(
         verify("dense", &router),
         "error: dense: was made without routers; leave --router out\n"

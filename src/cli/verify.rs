@@ -79,7 +79,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Verdict> {
     Ok(if report.passed { Verdict::Holds } else { Verdict::Fails })
 }
 
-/// That what the artifact was made with is named: without it every value would differ.
+/// That what the artifact was made with is named: without it every value would differ. Of an adapter that is not
+/// only said: the checkpoint may be the one it is merged into.
 fn all_named(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> {
     let manifest = &artifact.manifest;
     let routed = checkpoint.model.routed_modules().next().is_some();
@@ -94,12 +95,13 @@ fn all_named(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> {
         |name: &str| name.ends_with("adapter_config.json") || name.ends_with("lora.pth");
     let recorded = manifest.inputs.iter().find(|record| is_adapter(&record.name));
     let given = checkpoint.files.iter().any(|path| is_adapter(&path.to_string_lossy()));
-    match recorded {
-        Some(record) if !given => {
-            bail!("{directory}: was made with {}; name the adapter with --adapter", record.name)
-        }
-        _ => Ok(()),
+    if let Some(record) = recorded.filter(|_| !given) {
+        tracing::warn!(
+            "{directory}: was made with {}; name the adapter with --adapter, unless it is merged into the checkpoint",
+            record.name
+        );
     }
+    Ok(())
 }
 
 /// The artifact against the reference of the same weights.
